@@ -1,0 +1,85 @@
+"""What every op asks of its arguments: checks that name the argument, and the casts of autocast."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from ..nf4 import NF4Weight
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def check_linear(x: torch.Tensor, weight: torch.Tensor | NF4Weight, bias: torch.Tensor | None) -> None:
+    """x [..., K], weight [N, K] (dense or NF4), bias [N] or None, on one device, floating point.
+
+    Raises:
+        TypeError: not tensors, a DTensor, an integer or complex x, a dense weight of another dtype than x.
+        ValueError: shapes that do not fit, tensors on different devices.
+    """
+    if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
+        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if not isinstance(weight, torch.Tensor | NF4Weight):
+        raise TypeError(f"weight must be a tensor or an NF4Weight, got {type(weight).__name__}")
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight must be [out_features, in_features], got {tuple(weight.shape)}")
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x must be [..., {k}] to fit weight {(n, k)}, got {tuple(x.shape)}")
+    if isinstance(weight, torch.Tensor) and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (outside autocast)")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias must be [{n}] to fit weight {(n, k)}, got {tuple(bias.shape)}")
+    check_device(x, weight=weight.packed if isinstance(weight, NF4Weight) else weight, bias=bias)
+
+
+def check_adapter(x: torch.Tensor, weight: torch.Tensor | NF4Weight, a: torch.Tensor, b: torch.Tensor) -> None:
+    """lora_a [r, K] and lora_b [N, r] fit weight [N, K], r >= 1."""
+    n, k = weight.shape
+    if a.dim() != 2 or a.shape[0] < 1 or a.shape[1] != k:
+        raise ValueError(f"lora_a must be [r, {k}] with r >= 1 to fit weight {(n, k)}, got {tuple(a.shape)}")
+    if b.shape != (n, a.shape[0]):
+        raise ValueError(f"lora_b must be {(n, a.shape[0])} to fit weight and lora_a, got {tuple(b.shape)}")
+    for name, t in (("lora_a", a), ("lora_b", b)):
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
+    check_device(x, lora_a=a, lora_b=b)
+
+
+def check_device(x: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Every tensor is a plain one (no DTensor) on the device of x."""
+    for name, t in {"x": x, **others}.items():
+        if t is None:
+            continue
+        if type(t) not in _PLAIN and hasattr(t, "to_local"):
+            raise TypeError(
+                f"{name} is a {type(t).__name__}; kernels take local tensors: call through "
+                "torch.distributed.tensor.experimental.local_map, or pass to_local()"
+            )
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, x on {x.device}: all must be on one device")
+
+
+def autocast_input(x: torch.Tensor) -> torch.Tensor:
+    """x in autocast's dtype where autocast is on for its device, as nn.Linear takes it; float64 stays."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def without_autocast(method: Callable) -> Callable:
+    """For a Function's forward or backward: its own matmuls keep the dtypes that it chose."""
+
+    @functools.wraps(method)
+    def wrapped(ctx, x, *args):
+        if not torch.is_autocast_enabled(x.device.type):
+            return method(ctx, x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return method(ctx, x, *args)
+
+    return wrapped
+
+
+def functorch_active() -> bool:
+    """Inside torch.vmap, torch.func.grad and the like, which a Function with saved intermediates cannot enter."""
+    return torch._C._are_functorch_transforms_active()

@@ -1,0 +1,98 @@
+"""y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ over a dense or a 4-bit W, differentiable in everything trainable."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .._backend import implementation
+from ..nf4 import NF4Weight
+from ..reference import formulas
+from ._arguments import autocast_input, check_adapter, check_linear, functorch_active, without_autocast
+
+OP = "lora_linear"
+
+
+class _LoRALinear(torch.autograd.Function):
+    """Saves x, S = drop(x) Aᵀ [M, r], the seed, and references to parameters; never a decoded weight or a mask."""
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx, x, dense, bias, a, b, seed, nf4, scaling, p):
+        impl = implementation(OP, x)
+        s = impl.down_project(x, a, p, seed)
+        need_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if need_x else None, s if ctx.needs_input_grad[4] else None, dense, a, b, seed)
+        ctx.nf4, ctx.scaling, ctx.p, ctx.bias_dtype = nf4, scaling, p, None if bias is None else bias.dtype
+        return impl.linear_low_rank(x, dense if nf4 is None else nf4, bias, s, b, scaling)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx, dy):
+        x, s, dense, a, b, seed = ctx.saved_tensors
+        need_dx, need_dw, need_dbias, need_da, need_db = ctx.needs_input_grad[:5]
+        impl, weight, ds, dx, da, db = implementation(OP, dy), dense if ctx.nf4 is None else ctx.nf4, *[None] * 4
+        if need_dx or need_da or need_db:
+            ds, db = impl.low_rank_gradients(dy, s, b, ctx.scaling)
+        if need_dx:
+            dx = impl.linear_low_rank_dx(dy, weight, ds, a, ctx.p, seed)
+        if need_da:
+            da = impl.down_project_da(ds, x, ctx.p, seed).to(a.dtype)
+        dw = (dy.t() @ x).to(dense.dtype) if need_dw else None
+        dbias = dy.sum(0, dtype=ctx.bias_dtype) if need_dbias else None
+        return dx, dw, dbias, da, None if db is None else db.to(b.dtype), None, None, None, None
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | NF4Weight,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A linear layer with a low-rank adapter beside it.
+
+    Args:
+        x: [..., K], floating point; under autocast it is cast first, as by nn.Linear.
+        weight: [N, K], dense in the dtype of x (any strides: a transposed Conv1D weight is used as it lies), or an
+            NF4Weight. A dense weight that requires a gradient gets one.
+        bias: [N] or None.
+        lora_a, lora_b: [r, K] and [N, r], any floating dtype: float32 adapters on a 16-bit x are used as they are, with
+            no float32 copy of x.
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
+        dropout_p: of x on its way into lora_a, in [0, 1], in steps of 2**-16.
+        seed: of the dropout mask, an int or a 0-dim int64 tensor on the device of x; None draws one from torch's
+            generator of that device. One seed gives one mask on every backend.
+
+    Returns: [..., N], the dtype of x.
+
+    Raises:
+        TypeError: x not floating point, a dense weight of another dtype, a DTensor.
+        ValueError: shapes that do not fit, r < 1, dropout_p outside [0, 1], tensors on different devices.
+
+    Source: Hu et al., "LoRA", 2021, section 4.1; dropout and scaling as in Hugging Face PEFT.
+    """
+    x = autocast_input(x) if isinstance(x, torch.Tensor) else x
+    check_linear(x, weight, bias)
+    check_adapter(x, weight, lora_a, lora_b)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    seed = _mask_seed(seed, x.device) if 0.0 < dropout_p < 1.0 else None
+    flat, scaling, p = x.reshape(-1, x.shape[-1]), float(scaling), float(dropout_p)
+    dense, nf4 = (None, weight) if isinstance(weight, NF4Weight) else (weight, None)
+    if functorch_active():
+        y = formulas.lora_linear(flat, weight, bias, lora_a, lora_b, scaling, p, seed)
+    else:
+        y = _LoRALinear.apply(flat, dense, bias, lora_a, lora_b, seed, nf4, scaling, p)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _mask_seed(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """int64 []: on the device and drawn by its generator, so that checkpointing replays it and CUDA graphs renew it."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, torch.Tensor):
+        return seed
+    return torch.full((), seed, dtype=torch.int64, device=device)

@@ -1,0 +1,57 @@
+"""Fixtures of every test: where it runs, and poisoned memory.
+
+The same op tests run three ways: on the reference (`pytest tests`), on the Triton kernels in the interpreter
+(`TRITON_INTERPRET=1 PEFT_OPS_BACKEND=peft_ops.kernels`), and on a GPU where there is one (`-m gpu`).
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRET:
+    import interpreter_bf16
+
+    interpreter_bf16.install()
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(request, monkeypatch):
+    """Memory from torch.empty holds NaN (integers: 0xA5), so that what a kernel leaves unwritten is seen."""
+    if request.node.get_closest_marker("unpoisoned"):
+        return
+
+    def poison(make):
+        def poisoned_make(*args, **kwargs):
+            t = make(*args, **kwargs)
+            if t.device.type == "meta":
+                return t
+            with torch.no_grad():
+                return t.fill_(float("nan") if t.is_floating_point() else 0xA5 if t.dtype == torch.uint8 else 1)
+
+        return poisoned_make
+
+    for owner, name in (
+        (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
