@@ -8,8 +8,6 @@ from ..nf4 import NF4Weight
 from ..reference import formulas
 from ._arguments import autocast_input, check_adapter, check_linear, functorch_active, without_autocast
 
-OP = "lora_linear"
-
 
 class _LoRALinear(torch.autograd.Function):
     """Saves x, S = drop(x) Aᵀ [M, r], the seed, and references to parameters; never a decoded weight or a mask."""
@@ -17,12 +15,12 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, x, dense, bias, a, b, seed, nf4, scaling, p):
-        impl = implementation(OP, x)
-        s = impl.down_project(x, a, p, seed)
+        s = implementation("down_project", x).down_project(x, a, p, seed)
         need_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if need_x else None, s if ctx.needs_input_grad[4] else None, dense, a, b, seed)
         ctx.nf4, ctx.scaling, ctx.p, ctx.bias_dtype = nf4, scaling, p, None if bias is None else bias.dtype
-        return impl.linear_low_rank(x, dense if nf4 is None else nf4, bias, s, b, scaling)
+        weight = dense if nf4 is None else nf4
+        return implementation("linear_low_rank", x).linear_low_rank(x, weight, bias, s, b, scaling)
 
     @staticmethod
     @once_differentiable
@@ -30,13 +28,13 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, s, dense, a, b, seed = ctx.saved_tensors
         need_dx, need_dw, need_dbias, need_da, need_db = ctx.needs_input_grad[:5]
-        impl, weight, ds, dx, da, db = implementation(OP, dy), dense if ctx.nf4 is None else ctx.nf4, *[None] * 4
+        weight, ds, dx, da, db = dense if ctx.nf4 is None else ctx.nf4, None, None, None, None
         if need_dx or need_da or need_db:
-            ds, db = impl.low_rank_gradients(dy, s, b, ctx.scaling)
+            ds, db = implementation("low_rank", dy).low_rank_gradients(dy, s, b, ctx.scaling)
         if need_dx:
-            dx = impl.linear_low_rank_dx(dy, weight, ds, a, ctx.p, seed)
+            dx = implementation("linear_low_rank", dy).linear_low_rank_dx(dy, weight, ds, a, ctx.p, seed)
         if need_da:
-            da = impl.down_project_da(ds, x, ctx.p, seed).to(a.dtype)
+            da = implementation("down_project", dy).down_project_da(ds, x, ctx.p, seed).to(a.dtype)
         dw = (dy.t() @ x).to(dense.dtype) if need_dw else None
         dbias = dy.sum(0, dtype=ctx.bias_dtype) if need_dbias else None
         return dx, dw, dbias, da, None if db is None else db.to(b.dtype), None, None, None, None

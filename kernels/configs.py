@@ -1,0 +1,73 @@
+"""Launch configurations per kernel and architecture, and the choices between kernels.
+
+A kernel looks up its device's architecture, then that family's, then the default: a GPU that nobody has measured gets
+the nearest entry, never an error. Sizes fit the smallest shared memory of a family (99 KiB on NVIDIA, 64 KiB on AMD).
+Everything here is a design value until `benchmarks/results/<gpu>/` holds a measurement behind it.
+"""
+
+from functools import cache
+
+import torch
+
+LAUNCH = {
+    "down_project": {
+        "default": dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
+        "gfx": dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2),
+    },
+    "down_project_da": {
+        "default": dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+        "gfx": dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2),
+    },
+    "low_rank_update": {
+        "default": dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
+    },
+    "low_rank_gradients": {
+        "default": dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
+        "gfx": dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
+    },
+    "linear_low_rank": {
+        "default": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3),
+        "gfx": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=2),
+    },
+}
+MAX_BLOCK_R = 64  # ranks above it are walked in blocks
+PROGRAMS = 256  # how many programs a split reduction aims at: fixed, so that results do not depend on the GPU
+FUSED_LINEAR_MAX_M = 0  # rows up to which the base GEMM carries the low-rank term; above it, vendor GEMM + one update
+
+
+@cache
+def arch_of(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ..., or "default" where there is no GPU (the interpreter)."""
+    if device.type != "cuda":
+        return "default"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def launch(kernel: str, arch: str) -> dict[str, int]:
+    """Block sizes, num_warps and num_stages of a kernel on an architecture."""
+    table = LAUNCH[kernel]
+    return table.get(arch) or table.get("gfx" if arch.startswith("gfx") else "default") or table["default"]
+
+
+def fp32_precision(arch: str) -> str:
+    """How a dot of float32 operands keeps float32's accuracy: three TF32 products, or AMD's own float32 unit."""
+    return "ieee" if arch.startswith("gfx") else "tf32x3"
+
+
+def update_precision(arch: str, dtype: torch.dtype) -> str:
+    """Of a float32 low-rank product that is rounded to `dtype`: TF32 has more bits than a 16-bit result keeps."""
+    return fp32_precision(arch) if dtype == torch.float32 or arch.startswith("gfx") else "tf32"
+
+
+def block_r(rank: int) -> int:
+    """A power of two from 16 that covers the rank, at most MAX_BLOCK_R."""
+    return max(16, min(MAX_BLOCK_R, 1 << (rank - 1).bit_length()))
+
+
+def splits(programs: int, steps: int, least: int = 4) -> int:
+    """Into how many parts to cut a reduction of `steps` so that `programs` of them fill a GPU; each keeps `least` steps."""
+    wanted = PROGRAMS // max(1, programs)
+    return max(1, min(wanted, steps // least))

@@ -1,0 +1,15 @@
+"""What launchers share."""
+
+import contextlib
+
+import torch
+
+
+def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """The tensor's device is the current one inside: Triton launches on the current device, whatever its arguments."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def dropout_arguments(p: float, seed: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, int, float]:
+    """(seed pointer, threshold, keep_scale) of a kernel with dropout p < 1; the pointer is not read at p = 0."""
+    return like if seed is None else seed, round(p * 2**16), 1.0 / (1.0 - p)

@@ -1,0 +1,53 @@
+"""Helpers that kernels share: program order, dropout from (seed, index), and dots of mixed width."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def grouped_order(pid, blocks_m, blocks_n, GROUP_M: tl.constexpr):
+    """(block_m, block_n) of a program: GROUP_M rows of blocks are walked together, so that L2 serves both operands."""
+    first_m = (pid // (GROUP_M * blocks_n)) * GROUP_M
+    rows = tl.minimum(blocks_m - first_m, GROUP_M)
+    within = pid % (GROUP_M * blocks_n)
+    return first_m + within % rows, within // rows
+
+
+@triton.jit
+def dropout_keep(seed, rows, first_col, K, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """bool [BLOCK_M, BLOCK_K]: which elements of a tile of an [M, K] tensor are kept.
+
+    rows: int64 [BLOCK_M]; the tile's columns start at first_col, a multiple of 8. Eight neighbours in a row share one
+    Philox call of 7 rounds: 16 bits each, kept where bits >= threshold = round(p * 2**16).
+    """
+    octet = first_col // 8 + tl.arange(0, BLOCK_K // 8)
+    counter = rows[:, None] * tl.cdiv(K, 8) + octet[None, :]
+    r0, r1, r2, r3 = tl.randint4x(seed, counter, n_rounds=7)
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # [..., word // 2, word % 2]: words in order 0, 1, 2, 3
+    words = words.to(tl.uint32, bitcast=True)
+    bits = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(bits, (BLOCK_M, BLOCK_K)) >= threshold
+
+
+@triton.jit
+def mixed_dot(x, w, acc, PRECISION: tl.constexpr):
+    """acc + x·w in float32 for x [I, J] and w [J, L] of any float dtypes, on the matrix unit.
+
+    A float32 w against a 16-bit x (a float32 adapter on a 16-bit base) is split into 16-bit pieces that hold its 22 to
+    24 bits, so the product is as exact as in float32 while x stays as it lies. PRECISION is for two float32 operands.
+    """
+    if x.dtype == w.dtype:
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    elif x.dtype == tl.float32:
+        acc = tl.dot(x, w.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        high = w.to(x.dtype)
+        rest = w.to(tl.float32) - high.to(tl.float32)
+        acc = tl.dot(x, high, acc)
+        if x.dtype == tl.bfloat16:
+            middle = rest.to(x.dtype)
+            acc = tl.dot(x, middle, acc)
+            acc = tl.dot(x, (rest - middle.to(tl.float32)).to(x.dtype), acc)
+        else:  # float16 would lose the rest among its subnormals
+            acc += tl.dot(x, (rest * 2048.0).to(x.dtype)) * (1.0 / 2048.0)
+    return acc

@@ -1,0 +1,28 @@
+"""s = drop(x) aᵀ and da = dsᵀ drop(x), in plain PyTorch.
+
+x [M, K], a = lora_A [R, K], ds [M, R]; results are float32 (float64 for float64 inputs). drop(x) = keep · x / (1 - p)
+with the mask of `dropout_keep(seed)`; seed is a 0-dim int64 tensor, or None where p is 0 or 1.
+"""
+
+import torch
+
+from .dropout import dropout
+from .rows import chunks, wide_dtype
+
+
+def down_project(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
+    """s [M, R] = drop(x) aᵀ."""
+    wide = wide_dtype(x, a)
+    s = x.new_empty(x.shape[0], a.shape[0], dtype=wide)
+    at = a.to(wide).t()
+    for rows in chunks(x):
+        s[rows] = dropout(x[rows].to(wide), p, seed, rows.start) @ at
+    return s
+
+
+def down_project_da(ds: torch.Tensor, x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
+    """da [R, K] = dsᵀ drop(x); one pass over x."""
+    da = ds.new_zeros(ds.shape[1], x.shape[1])
+    for rows in chunks(x):
+        da.addmm_(ds[rows].t(), dropout(x[rows].to(ds.dtype), p, seed, rows.start))
+    return da

@@ -1,0 +1,37 @@
+"""A low-rank term added in place, and its gradients, in plain PyTorch.
+
+y, dy [M, N]; s = the down-projected input [M, R]; b = lora_B [N, R]; sums are float32 (float64 for float64 inputs).
+"""
+
+import torch
+
+from .dropout import dropout
+from .rows import chunks, wide_dtype
+
+
+def low_rank_update_(
+    y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scaling: float, p: float, seed: torch.Tensor | None
+) -> torch.Tensor:
+    """y += scaling · drop(s bᵀ), in place and returned; drop with the mask that `seed` gives an [M, N] tensor."""
+    if p == 0.0:
+        return y.addmm_(s.to(y.dtype), b.to(y.dtype).t(), alpha=scaling)
+    bt = b.to(s.dtype).t() * scaling
+    for rows in chunks(y):
+        y[rows] += dropout(s[rows] @ bt, p, seed, rows.start).to(y.dtype)
+    return y
+
+
+def low_rank_gradients(
+    dy: torch.Tensor, s: torch.Tensor | None, b: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """ds [M, R] = scaling · dy b and, where s is given, db [N, R] = scaling · dyᵀ s; one pass over dy."""
+    wide = wide_dtype(dy, b)
+    b = b.to(wide) * scaling
+    ds = dy.new_empty(dy.shape[0], b.shape[1], dtype=wide)
+    dbt = None if s is None else ds.new_zeros(b.shape[1], b.shape[0])
+    for rows in chunks(dy):
+        part = dy[rows].to(wide)
+        ds[rows] = part @ b
+        if dbt is not None:
+            dbt.addmm_(s[rows].t(), part, alpha=scaling)
+    return ds, None if dbt is None else dbt.t()

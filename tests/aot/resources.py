@@ -1,0 +1,96 @@
+"""Compile a Triton kernel ahead of time and read what it costs, on a machine without a GPU."""
+
+import collections
+import os
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+_BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+
+
+def target(arch):
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+def compile_for(kernel, signature, constexprs, arch, *, divisible=True, **options):
+    """Compiled with every run-time argument divisible by 16, as PyTorch's usually are (unless divisible=False).
+
+    signature: {argument: type} of run-time arguments, such as "*bf16", "i32", "fp32"; constexprs: {argument: value}.
+    """
+    missing = set(kernel.arg_names) - set(signature) - set(constexprs)
+    assert not missing, f"{kernel.__name__}: no type and no value for {sorted(missing)}"
+    attrs = {}
+    if divisible:
+        names = [n for n, kind in signature.items() if kind.startswith("*") or kind in ("i32", "i64")]
+        attrs = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in names}
+    signature = {**signature, **dict.fromkeys(constexprs, "constexpr")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    return triton.compile(source, target=target(arch), options=options)
+
+
+def resources(compiled, arch):
+    """{registers, shared, spill_bytes, instructions}: of one compiled kernel; instructions counts the telling ones."""
+    return _amd_resources(compiled) if arch.startswith("gfx") else _nvidia_resources(compiled, arch)
+
+
+def assert_lean(kernel, signature, constexprs, arch, *, dot, divisible=True, tensor_core=None, **options):
+    """It compiles, fits shared memory, spills nothing and, with a dot, uses the matrix unit; prints and returns its cost.
+
+    tensor_core: another instruction to ask for than the architecture's first (HMMA where a tile is too small for HGMMA).
+    """
+    cost = resources(compile_for(kernel, signature, constexprs, arch, divisible=divisible, **options), arch)
+    print(f"{kernel.__name__} {arch} {constexprs} {options}: {cost}")
+    assert cost["shared"] <= SHARED_LIMIT[arch], cost
+    assert cost["spill_bytes"] == 0, cost
+    wanted = tensor_core or TENSOR_CORE[arch]
+    assert not dot or any(op.startswith(wanted) for op in cost["instructions"]), f"no {wanted}: {cost['instructions']}"
+    return cost
+
+
+def _run(tool, *arguments):
+    done = subprocess.run([os.path.join(_BIN, tool), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def _nvidia_resources(compiled, arch):
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = os.path.join(folder, "k.cubin"), os.path.join(folder, "k.ptx")
+        with open(cubin, "wb") as f:
+            f.write(compiled.asm["cubin"])
+        with open(ptx, "w") as f:
+            f.write(compiled.asm["ptx"])
+        registers = re.search(r"REG:(\d+)", _run("cuobjdump", "--dump-resource-usage", cubin))
+        ptxas = "ptxas-blackwell" if arch == "sm_100" else "ptxas"
+        chip = re.search(r"^\.target\s+(\w+)", compiled.asm["ptx"], re.M).group(1)
+        verbose = _run(ptxas, "-v", f"--gpu-name={chip}", ptx, "-o", os.devnull)
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", verbose)
+        sass = _run("nvdisasm", "-c", cubin)
+    assert registers, f"no resource usage for {compiled.name}"
+    assert spills, verbose
+    mnemonics = re.finditer(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass, re.M)
+    return dict(
+        registers=int(registers.group(1)), shared=compiled.metadata.shared, spill_bytes=sum(map(int, spills.groups())),
+        instructions=_telling(m.group(1) for m in mnemonics),
+    )  # fmt: skip
+
+
+def _amd_resources(compiled):
+    asm = compiled.asm["amdgcn"]
+    numbers = {key: int(re.search(rf"\.{key}:\s*(\d+)", asm).group(1)) for key in ("vgpr_count", "vgpr_spill_count")}
+    return dict(
+        registers=numbers["vgpr_count"], shared=compiled.metadata.shared, spill_bytes=4 * numbers["vgpr_spill_count"],
+        instructions=_telling(re.findall(r"^\s+(\w+)", asm, re.M)),
+    )  # fmt: skip
+
+
+def _telling(mnemonics):
+    counts = collections.Counter(mnemonics)
+    return {op: n for op, n in counts.items() if re.search(r"MMA|mfma|LDGSTS|UTMA|LDL|STL|LDSM", op)}
