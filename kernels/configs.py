@@ -12,17 +12,22 @@ import torch
 LAUNCH = {
     "down_project": {
         "default": dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
+        "fp32": dict(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2),
         "gfx": dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2),
     },
     "down_project_da": {
-        "default": dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+        "default": dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
+        "fp32": dict(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2),
         "gfx": dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2),
     },
     "low_rank_update": {
         "default": dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
+        "fp32": dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+        "gfx": dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
     },
     "low_rank_gradients": {
         "default": dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
+        "fp32": dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
         "gfx": dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
     },
     "linear_low_rank": {
@@ -30,7 +35,6 @@ LAUNCH = {
         "gfx": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=2),
     },
 }
-MAX_BLOCK_R = 64  # ranks above it are walked in blocks
 PROGRAMS = 256  # how many programs a split reduction aims at: fixed, so that results do not depend on the GPU
 FUSED_LINEAR_MAX_M = 0  # rows up to which the base GEMM carries the low-rank term; above it, vendor GEMM + one update
 
@@ -46,10 +50,11 @@ def arch_of(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def launch(kernel: str, arch: str) -> dict[str, int]:
-    """Block sizes, num_warps and num_stages of a kernel on an architecture."""
+def launch(kernel: str, arch: str, dtype: torch.dtype) -> dict[str, int]:
+    """Block sizes, num_warps and num_stages of a kernel for operands of `dtype` on an architecture."""
     table = LAUNCH[kernel]
-    return table.get(arch) or table.get("gfx" if arch.startswith("gfx") else "default") or table["default"]
+    family = "gfx" if arch.startswith("gfx") else "fp32" if dtype == torch.float32 else "default"
+    return table.get(arch) or table.get(family) or table["default"]
 
 
 def fp32_precision(arch: str) -> str:
@@ -62,12 +67,17 @@ def update_precision(arch: str, dtype: torch.dtype) -> str:
     return fp32_precision(arch) if dtype == torch.float32 or arch.startswith("gfx") else "tf32"
 
 
-def block_r(rank: int) -> int:
-    """A power of two from 16 that covers the rank, at most MAX_BLOCK_R."""
-    return max(16, min(MAX_BLOCK_R, 1 << (rank - 1).bit_length()))
+def block_r(rank: int, arch: str, dtype: torch.dtype) -> int:
+    """A power of two from 16 that covers the rank, up to what a program's registers hold; ranks above are walked.
+
+    64 where operands of the matrix unit may lie in shared memory (Hopper, data-centre Blackwell) or registers abound
+    (AMD), 32 elsewhere and in float32, whose three products need three times the registers.
+    """
+    roomy = arch.startswith(("gfx", "sm_9", "sm_10")) and (dtype != torch.float32)
+    return max(16, min(64 if roomy else 32, 1 << (rank - 1).bit_length()))
 
 
 def splits(programs: int, steps: int, least: int = 4) -> int:
-    """Into how many parts to cut a reduction of `steps` so that `programs` of them fill a GPU; each keeps `least` steps."""
+    """Into how many parts to cut a reduction of `steps` so that `programs` of them fill a GPU; none below `least`."""
     wanted = PROGRAMS // max(1, programs)
     return max(1, min(wanted, steps // least))

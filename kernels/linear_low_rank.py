@@ -37,9 +37,7 @@ def _linear_low_rank_kernel(
                     mask=(n[None, :] < N) & (r[:, None] < R), other=0.0)  # fmt: skip
         acc = tl.dot(s * scale, b.to(tl.float32), acc, input_precision=PRECISION)
     if DROPOUT:
-        acc = tl.where(
-            dropout_keep(tl.load(seed_ptr), m, block_n * BLOCK_N, N, threshold, BLOCK_M, BLOCK_N), acc, 0.0
-        )
+        acc = tl.where(dropout_keep(tl.load(seed_ptr), m, block_n * BLOCK_N, N, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + m[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk,
@@ -90,12 +88,12 @@ def _fused_linear(x, weight, bias, s, b, scaling, p, seed) -> torch.Tensor:
     if y.numel() == 0:
         return y
     arch = configs.arch_of(x.device)
-    config = configs.launch("linear_low_rank", arch)
+    config = configs.launch("linear_low_rank", arch, x.dtype)
     seed_ptr, threshold, keep_scale = dropout_arguments(p, seed, x)
     with device_guard(x):
         _linear_low_rank_kernel[(triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)](
             x, weight, x if bias is None else bias, s, b, y, seed_ptr, M, N, K, R, *x.stride(), *weight.stride(),
-            s.stride(0), *b.stride(), N, scaling * keep_scale, threshold, BLOCK_R=configs.block_r(R),
+            s.stride(0), *b.stride(), N, scaling * keep_scale, threshold, BLOCK_R=configs.block_r(R, arch, x.dtype),
             BIAS=bias is not None, DROPOUT=p > 0.0, PRECISION=configs.update_precision(arch, x.dtype), **config,
         )  # fmt: skip
     return y

@@ -6,7 +6,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def _philox_4x32(counter: torch.Tensor, seed: torch.Tensor, rounds: int) -> list[torch.Tensor]:
-    """Philox-4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), in wrapping int64 arithmetic."""
+    """Philox-4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) in wrapping int64 arithmetic."""
     c0, c1 = counter & _MASK32, (counter >> 32) & _MASK32
     c2 = c3 = torch.zeros_like(counter)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32

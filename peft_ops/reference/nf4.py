@@ -4,8 +4,6 @@ Elements are taken in row-major order; blocks of `blocksize` cross row ends and 
 NF4Weight (peft_ops.nf4), read by attribute.
 """
 
-from functools import cache
-
 import torch
 
 NESTED_BLOCKSIZE = 256
@@ -15,46 +13,60 @@ NF4_LEVELS = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+_CHUNK = 1 << 18  # elements worked on at once: 1 MiB of float32 stays in a core's cache
 
 
-@cache
+def _dynamic_map() -> torch.Tensor:
+    positive = []
+    for i in range(7):
+        bounds = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
+        positive.append((bounds[:-1] + bounds[1:]) / 2.0 * 10.0 ** (i - 6))
+    values = torch.cat(positive)
+    return torch.cat((values, -values, torch.tensor([0.0, 1.0], device="cpu"))).sort().values
+
+
+with torch.inference_mode(False):  # tables outlive the mode that the first import happens to run in
+    _LEVELS = torch.tensor(NF4_LEVELS, dtype=torch.float32, device="cpu")
+    _PAIRS = torch.stack((_LEVELS.repeat_interleave(16), _LEVELS.repeat(16)), dim=-1)
+    _MAP = _dynamic_map()
+
+
 def nf4_codes(device: torch.device) -> torch.Tensor:
     """float32 [16]: the value of each code."""
-    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+    return _LEVELS.to(device)
 
 
-@cache
 def nf4_pairs(device: torch.device) -> torch.Tensor:
     """float32 [256, 2]: the values of the high and the low nibble of each byte."""
-    codes = nf4_codes(device)
-    return torch.stack((codes.repeat_interleave(16), codes.repeat(16)), dim=-1)
+    return _PAIRS.to(device)
 
 
-@cache
 def dynamic_map(device: torch.device) -> torch.Tensor:
     """float32 [256], ascending: the 8-bit dynamic map of the nested absmax (Dettmers, "8-bit Approximations for
     Parallelism in Deep Learning", 2015, section 2.1): a sign, a decimal exponent, and means of a linear fraction."""
-    positive = []
-    for i in range(7):
-        bounds = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
-        positive.append((bounds[:-1] + bounds[1:]) / 2.0 * 10.0 ** (i - 6))
-    values = torch.cat(positive)
-    return torch.cat((values, -values, torch.tensor([0.0, 1.0]))).sort().values.to(device)
+    return _MAP.to(device)
 
 
 def nf4_quantize(w: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(packed uint8 [ceil(n/2)], absmax float32 [ceil(n/blocksize)]) of w's n elements.
 
     x = w · (1/absmax); code = how many midpoints of neighbouring levels lie below x, so ties go to the lower code; a
-    zero block has code 7 throughout; the pad nibble of an odd n is 7.
+    block whose 1/absmax is infinite (all zeros) has code 7 throughout; the pad nibble of an odd n is 7. A block with NaN or infinite values has such an
+    absmax.
     """
-    blocks = _blocks(w.reshape(-1).float(), blocksize)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * absmax.reciprocal().masked_fill(absmax == 0, 0.0)[:, None]
-    levels = nf4_codes(w.device)
-    codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8).view(-1)
-    packed = (codes[0::2] << 4) | codes[1::2]
-    return packed[: (w.numel() + 1) // 2].contiguous(), absmax
+    flat = w.reshape(-1)
+    n = flat.numel()
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device=w.device)
+    thresholds = _midpoints(nf4_codes(w.device)).unbind()
+    for start in range(0, n, _CHUNK):
+        stop = min(start + _CHUNK, n)
+        x, absmax[start // blocksize : -(-stop // blocksize)] = _normalized(flat[start:stop].float(), blocksize)
+        codes = torch.zeros(x.shape, dtype=torch.uint8, device=w.device)
+        for threshold in thresholds:
+            codes += x > threshold
+        packed[start // 2 : (stop + 1) // 2] = (codes[0::2] << 4).bitwise_or_(codes[1::2])[: (stop - start + 1) // 2]
+    return packed, absmax
 
 
 def absmax_quantize(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -62,12 +74,9 @@ def absmax_quantize(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     dynamic map to (absmax - mean) / nested_absmax in each block of 256, ties to the lower one."""
     n = absmax.numel()
     offset = absmax.mean() if n else absmax.new_zeros(())
-    blocks = _blocks(absmax - offset, NESTED_BLOCKSIZE)
-    nested_absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * nested_absmax.reciprocal().masked_fill(nested_absmax == 0, 0.0)[:, None]
-    levels = dynamic_map(absmax.device)
-    codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, out_int32=True)
-    return codes.to(torch.uint8).view(-1)[:n].contiguous(), nested_absmax, offset
+    x, nested_absmax = _normalized(absmax - offset, NESTED_BLOCKSIZE)
+    codes = torch.bucketize(x[:n], _midpoints(dynamic_map(absmax.device)), out_int32=True)
+    return codes.to(torch.uint8), nested_absmax, offset
 
 
 def nf4_absmax(weight) -> torch.Tensor:
@@ -75,19 +84,44 @@ def nf4_absmax(weight) -> torch.Tensor:
     if weight.absmax is not None:
         return weight.absmax.reshape(-1)
     codes = weight.absmax_codes.reshape(-1)
-    values = _blocks(dynamic_map(codes.device)[codes.int()], NESTED_BLOCKSIZE) * weight.nested_absmax[:, None]
-    return values.view(-1)[: codes.numel()] + weight.nested_offset
+    values = dynamic_map(codes.device).index_select(0, codes.int())
+    return _scale(values, weight.nested_absmax, NESTED_BLOCKSIZE).add_(weight.nested_offset)
 
 
 def nf4_dequantize(weight, dtype: torch.dtype) -> torch.Tensor:
     """The n values, flat: level[code] · absmax in float32, rounded once to dtype."""
-    n = weight.shape.numel()
-    values = nf4_pairs(weight.packed.device)[weight.packed.reshape(-1).int()].view(-1)
-    blocks = _blocks(values[:n], weight.blocksize) * nf4_absmax(weight)[:, None]
-    return blocks.view(-1)[:n].to(dtype)
+    return _decode(weight.packed.reshape(-1), nf4_absmax(weight), weight.blocksize, weight.shape.numel(), dtype)
 
 
-def _blocks(flat: torch.Tensor, blocksize: int) -> torch.Tensor:
-    """[ceil(n/blocksize), blocksize] of a flat tensor, zeros behind the last element."""
+def _decode(packed: torch.Tensor, absmax: torch.Tensor, blocksize: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """n values from flat bytes and scales, a chunk at a time; one expression where a compiler fuses it anyway."""
+    pairs = nf4_pairs(packed.device).view(torch.int64).view(-1)
+    if torch.compiler.is_compiling() or n <= _CHUNK:
+        return _scale(pairs.index_select(0, packed.int()).view(torch.float32)[:n], absmax, blocksize).to(dtype)
+    out = torch.empty(n, dtype=dtype, device=packed.device)
+    for start in range(0, n, _CHUNK):
+        stop = min(start + _CHUNK, n)
+        values = pairs.index_select(0, packed[start // 2 : (stop + 1) // 2].int()).view(torch.float32)[: stop - start]
+        out[start:stop] = _scale(values, absmax[start // blocksize : -(-stop // blocksize)], blocksize)
+    return out
+
+
+def _scale(values: torch.Tensor, scales: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """values [n], each times the scale of its block, in place."""
+    whole = values.numel() // blocksize
+    values[: whole * blocksize].view(whole, blocksize).mul_(scales[:whole, None])
+    values[whole * blocksize :].mul_(scales[whole:])
+    return values
+
+
+def _normalized(flat: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x · (1/absmax) of whole blocks, flat, zeros behind the last element; absmax per block)."""
     short = -flat.numel() % blocksize
-    return (torch.nn.functional.pad(flat, (0, short)) if short else flat).view(-1, blocksize)
+    blocks = (torch.nn.functional.pad(flat, (0, short)) if short else flat).view(-1, blocksize)
+    absmax = blocks.abs().amax(dim=1)
+    inverse = absmax.reciprocal()
+    return (blocks * inverse.masked_fill_(inverse.isinf(), 0.0)[:, None]).view(-1), absmax
+
+
+def _midpoints(levels: torch.Tensor) -> torch.Tensor:
+    return (levels[1:] + levels[:-1]) / 2

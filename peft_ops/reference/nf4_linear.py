@@ -1,19 +1,51 @@
 """y = x deq(W)ᵀ + bias and dx = dy deq(W) for an NF4 weight, in plain PyTorch.
 
-Forward and backward see the same weight values, rounded once to the dtype of x.
+Forward and backward see the same weight values, rounded once to the dtype of x. W is decoded a slab at a time, rows in
+the forward and columns in the backward: each output is one product, and no more than a slab is ever in memory. (Where
+blocks do not end with the rows, the backward's slab is all of W.)
 """
+
+import math
+from collections.abc import Iterator
 
 import torch
 
-from .nf4 import nf4_dequantize
+from .nf4 import _decode, nf4_absmax, nf4_dequantize
+
+_SLAB = 1 << 20  # elements
 
 
 def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tensor:
     """y [M, N] = x [M, K] deq(W)ᵀ + bias, in the dtype of x."""
-    w = nf4_dequantize(weight, x.dtype).view(weight.shape)
-    return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
+    N, K = weight.shape
+    packed, absmax, blocksize = weight.packed.reshape(-1), nf4_absmax(weight), weight.blocksize
+    bias = None if bias is None else bias.to(x.dtype)
+    y = x.new_empty(x.shape[0], N)
+    for rows in _slabs(N, K, blocksize):
+        first, last = rows.start * K, rows.stop * K
+        scales = absmax[first // blocksize : -(-last // blocksize)]
+        w = _decode(packed[first // 2 : (last + 1) // 2], scales, blocksize, last - first, x.dtype)
+        y[:, rows] = torch.nn.functional.linear(x, w.view(-1, K), None if bias is None else bias[rows])
+    return y
 
 
 def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
     """dx [M, K] = dy [M, N] deq(W), in the dtype of dy."""
-    return dy @ nf4_dequantize(weight, dy.dtype).view(weight.shape)
+    (N, K), blocksize = weight.shape, weight.blocksize
+    if K % blocksize:
+        return dy @ nf4_dequantize(weight, dy.dtype).view(N, K)
+    blocks = K // blocksize
+    packed, absmax = weight.packed.reshape(N, blocks, blocksize // 2), nf4_absmax(weight).view(N, blocks)
+    dx = dy.new_empty(dy.shape[0], K)
+    for part in _slabs(blocks, N * blocksize, 1):
+        codes, scales = packed[:, part].reshape(-1), absmax[:, part].reshape(-1)
+        w = _decode(codes, scales, blocksize, 2 * codes.numel(), dy.dtype)
+        dx[:, part.start * blocksize : part.stop * blocksize] = dy @ w.view(N, (part.stop - part.start) * blocksize)
+    return dx
+
+
+def _slabs(rows: int, width: int, blocksize: int) -> Iterator[slice]:
+    """Ranges of the rows of [rows, width], about _SLAB elements each, that start where a block starts."""
+    least = blocksize // math.gcd(width, blocksize)
+    step = rows if torch.compiler.is_compiling() else max(1, _SLAB // max(1, width * least)) * least
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, max(1, step)))
