@@ -91,10 +91,10 @@ def quantize(w: torch.Tensor, blocksize: int = 64, double_quant: bool = False) -
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize}")
     w = w.detach()
-    if not torch.isfinite(w).all():
-        raise ValueError(f"w {tuple(w.shape)} holds NaN or infinite values: a block with one cannot be quantised")
     impl = implementation("nf4", w)
     packed, absmax = impl.nf4_quantize(w, blocksize)
+    if not absmax.isfinite().all():
+        raise ValueError(f"w {tuple(w.shape)} holds NaN or infinite values: a block with one cannot be quantised")
     weight = NF4Weight(
         packed.view(packed_shape(w.shape)), absmax.view(absmax_shape(w.shape, blocksize)), blocksize, w.shape, w.dtype
     )

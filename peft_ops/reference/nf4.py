@@ -51,8 +51,8 @@ def nf4_quantize(w: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.T
     """(packed uint8 [ceil(n/2)], absmax float32 [ceil(n/blocksize)]) of w's n elements.
 
     x = w · (1/absmax); code = how many midpoints of neighbouring levels lie below x, so ties go to the lower code; a
-    block whose 1/absmax is infinite (all zeros) has code 7 throughout; the pad nibble of an odd n is 7. A block with NaN or infinite values has such an
-    absmax.
+    block whose 1/absmax is infinite (all zeros) has code 7 throughout; the pad nibble of an odd n is 7. A block with
+    NaN or infinite values has such an absmax.
     """
     flat = w.reshape(-1)
     n = flat.numel()
