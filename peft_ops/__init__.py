@@ -1,4 +1,13 @@
 """Fused operations and drop-in layers for parameter-efficient fine-tuning."""
 
 from . import nf4 as nf4
+from . import nn as nn
 from . import ops as ops
+from .checkpoint import load_adapter as load_adapter
+from .checkpoint import save_adapter as save_adapter
+from .tuning import LoRAConfig as LoRAConfig
+from .tuning import QLoRAConfig as QLoRAConfig
+from .tuning import adapt as adapt
+from .tuning import adapters_disabled as adapters_disabled
+from .tuning import merge as merge
+from .tuning import trainable_parameters as trainable_parameters

@@ -1,0 +1,57 @@
+"""Writing files so that an interruption leaves the previous ones, and reading them with errors that name them."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+
+def write_files(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
+    """Write every file under a temporary name, flush all to the disk, then rename them one after another.
+
+    A file whose bytes did not change is not renamed, so where one file changes the exchange is atomic.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
+        written = {name: Path(scratch, name) for name in writers}
+        for name, path in written.items():
+            writers[name](path)
+            _flush(path)
+        for name, path in written.items():
+            final = folder / name
+            if not (final.is_file() and final.read_bytes() == path.read_bytes()):
+                os.replace(path, final)
+        _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError naming the file where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, on the CPU; ValueError naming the file where it is corrupt or cut short."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = file.keys()
+            return {key: file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is corrupt or truncated: {error}") from error

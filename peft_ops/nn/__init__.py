@@ -1,0 +1,4 @@
+"""Drop-in layers: thin modules around the ops."""
+
+from .lora_linear import LoRALinear as LoRALinear
+from .nf4_linear import NF4Linear as NF4Linear

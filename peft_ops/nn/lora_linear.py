@@ -1,0 +1,214 @@
+"""A linear layer with a low-rank adapter beside it."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..nf4 import NF4Weight
+from ..ops import lora_linear
+from .linear_like import check_linear, is_conv1d
+
+
+class LoRALinear(nn.Module):
+    """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ with W and bias frozen and A, B trained.
+
+    `weight` and `bias` have the names and the layout of the layer replaced, so its checkpoints load; `lora_A` [r, in]
+    starts as nn.Linear's weight does, `lora_B` [out, r] at zero, both float32 where the base has 16 bits.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for nn.Linear.
+        r: rank, at least 1.
+        lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+        lora_dropout: of x on its way into lora_A, in training mode only.
+
+    Raises:
+        TypeError, ValueError: an argument that is not a number, r < 1, lora_dropout outside [0, 1].
+
+    Source: Hu et al., "LoRA", 2021, section 4.1; Kalajdzievski, "A Rank Stabilization Scaling Factor", 2023.
+    """
+
+    weight: nn.Parameter | NF4Weight  # [out, in]; [in, out] where fan_in_fan_out
+    bias: nn.Parameter | None
+    adapter_enabled: bool = True  # False: the base layer alone
+    _original: dict[str, torch.Tensor] | None = None  # the base tensors that merge() replaced
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, r: int = 8, lora_alpha: float = 16,
+        lora_dropout: float = 0.0, use_rslora: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        check_adapter_arguments(r, lora_alpha, lora_dropout)
+        super().__init__()
+        self._share_base(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
+        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, True)
+
+    @staticmethod
+    def from_linear(
+        linear: nn.Module, r: int = 8, lora_alpha: float = 16, lora_dropout: float = 0.0, use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+    ) -> "LoRALinear":  # fmt: skip
+        """An adapter over the very tensors of an nn.Linear, a Conv1D or an NF4Linear, which are frozen, not copied.
+
+        init_lora_weights: True as above; 'gaussian' draws A from N(0, 1/r²); False draws B like A, for tests.
+
+        Raises:
+            TypeError: another kind of layer.
+            ValueError: r < 1, lora_dropout outside [0, 1], an unknown initialisation.
+        """
+        from .nf4_lora_linear import NF4LoRALinear
+
+        check_adapter_arguments(r, lora_alpha, lora_dropout, init_lora_weights)
+        kind = NF4LoRALinear if NF4LoRALinear.accepts(linear) else LoRALinear
+        layer = kind.__new__(kind)
+        nn.Module.__init__(layer)
+        layer._share_base(linear)
+        layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        return layer.train(linear.training)
+
+    def _share_base(self, linear: nn.Module) -> None:
+        check_linear(linear)
+        self.fan_in_fan_out = is_conv1d(linear)
+        self._base_class = type(linear)
+        self._base_attributes = {k: v for k, v in vars(linear).items() if not k.startswith("_") and k != "training"}
+        self.register_parameter("weight", linear._parameters["weight"])
+        self.register_parameter("bias", linear._parameters.get("bias"))
+        self.out_features, self.in_features = self._matrix().shape
+
+    def _add_adapter(self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, init: bool | str) -> None:
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        device, dtype = self.weight.device, torch.promote_types(self.weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))
+        if init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if init is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        self._freeze_base()
+
+    def _freeze_base(self) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in ("lora_A", "lora_B"))
+
+    def _matrix(self) -> torch.Tensor | NF4Weight:
+        """The base weight as the ops take it: [out, in], dense or NF4."""
+        assert isinstance(self.weight, torch.Tensor)
+        return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    def _base_forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.weight, torch.Tensor)
+        if self.fan_in_fan_out and self.bias is not None:  # as Conv1D computes it, to the bit
+            flat = torch.addmm(self.bias, x.reshape(-1, self.in_features), self.weight)
+            return flat.view(*x.shape[:-1], self.out_features)
+        return F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.merged or not self.adapter_enabled:
+            return self._base_forward(x)
+        p = self.lora_dropout if self.training else 0.0
+        return lora_linear(x, self._matrix(), self.bias, self.lora_A, self.lora_B, self.scaling, p)
+
+    @property
+    def merged(self) -> bool:
+        """The adapter is inside the weight, and forward is the base layer's."""
+        return self._original is not None
+
+    @torch.no_grad()
+    def merged_weight(self) -> torch.Tensor:
+        """W + scaling · B A [out, in], computed in float32 (or float64) and rounded once to the dtype of the weight.
+
+        Raises:
+            ValueError: the result holds NaN or infinite values.
+        """
+        wide = self.lora_B.to(torch.promote_types(self.lora_B.dtype, torch.float32))
+        merged = self._wide_base(wide.dtype).addmm_(wide, self.lora_A.to(wide.dtype), alpha=self.scaling)
+        merged = merged.to(self.weight.dtype)
+        if not merged.is_meta and not torch.isfinite(merged).all():
+            raise ValueError("merging lora_A and lora_B into weight gives NaN or infinite values; nothing was changed")
+        return merged
+
+    def _wide_base(self, dtype: torch.dtype) -> torch.Tensor:
+        """A fresh [out, in] copy of the base weight."""
+        matrix = self._matrix()
+        assert isinstance(matrix, torch.Tensor)
+        return matrix.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def _base_tensors(self, matrix: torch.Tensor) -> dict[str, Any]:
+        """What to store for a base weight of these values [out, in]."""
+        return {"weight": nn.Parameter(matrix.t().contiguous() if self.fan_in_fan_out else matrix, requires_grad=False)}
+
+    def merge(self) -> None:
+        """Put the adapter into a new base weight; the original is kept, so unmerge() restores it exactly.
+
+        Tied weights are not written to: this layer gets a weight of its own until unmerge(). Nothing where merged.
+        """
+        if self.merged:
+            return
+        tensors = self._base_tensors(self.merged_weight())
+        self._original = {name: getattr(self, name) for name in tensors}
+        self._set_base(tensors)
+
+    def unmerge(self) -> None:
+        """Undo merge(), to the bit. Nothing where not merged."""
+        if self._original is not None:
+            self._set_base(self._original)
+            self._original = None
+
+    def _set_base(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
+    def to_linear(self) -> nn.Module:
+        """The layer that was replaced, of its own class, with the adapter merged in; the bias is shared.
+
+        Raises:
+            ValueError: the merged weight holds NaN or infinite values.
+        """
+        weight = self._parameters["weight"] if self.merged else self._base_tensors(self.merged_weight())["weight"]
+        layer = self._base_class.__new__(self._base_class)
+        nn.Module.__init__(layer)
+        vars(layer).update(self._base_attributes)
+        layer.register_parameter("weight", weight)
+        layer.register_parameter("bias", self.bias)
+        return layer.train(self.training)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        for tensor in (self._original or {}).values():
+            tensor.data = self._base_fn(fn)(tensor.data)
+        return self
+
+    def _base_fn(self, fn):
+        return fn
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, scaling={self.scaling:g}"
+            + (", merged" if self.merged else "")
+            + ("" if self.adapter_enabled else ", adapter disabled")
+        )
+
+
+def check_adapter_arguments(
+    r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str = True
+) -> None:
+    """Raises TypeError or ValueError naming the argument that no adapter can have."""
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r must be an int, got {r!r}")
+    if r < 1:
+        raise ValueError(f"r must be at least 1, got {r}")
+    for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
+    if not 0.0 <= lora_dropout <= 1.0:
+        raise ValueError(f"lora_dropout must be in [0, 1], got {lora_dropout}")
+    if not isinstance(init_lora_weights, bool) and init_lora_weights != "gaussian":
+        raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")

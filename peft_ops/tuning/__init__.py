@@ -1,0 +1,8 @@
+"""The fine-tuning methods: a config and what it does to a model."""
+
+from .adapt import adapt as adapt
+from .config import LoRAConfig as LoRAConfig
+from .config import QLoRAConfig as QLoRAConfig
+from .counts import trainable_parameters as trainable_parameters
+from .merge import merge as merge
+from .switch import adapters_disabled as adapters_disabled

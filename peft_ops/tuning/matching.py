@@ -1,0 +1,135 @@
+"""Which modules of a model a config names, by the rules of Hugging Face PEFT 0.21."""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable
+
+from torch import nn
+
+from ..nn import NF4Linear
+from ..nn.linear_like import is_linear
+from .config import LoRAConfig
+from .default_targets import DEFAULT_TARGETS
+
+ALL_LINEAR = "all-linear"
+_HEADS = ("score", "classifier")
+
+
+def resolve_targets(model: nn.Module, config: LoRAConfig) -> Collection[str] | str:
+    """target_modules with None and 'all-linear' replaced by what they stand for in this model.
+
+    Raises:
+        ValueError: None, and no default for this model's type.
+    """
+    targets = config.target_modules
+    if targets is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in DEFAULT_TARGETS:
+            raise ValueError(
+                f"target_modules must be given: there is no default for model_type {model_type!r}; "
+                f"the linear layers are named {_lastnames_match(linear_paths(model))}"
+            )
+        targets = DEFAULT_TARGETS[model_type]
+    elif isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        heads = output_heads(model, classification=config.task_type == "SEQ_CLS")
+        targets = [path for path in linear_paths(model) if path not in heads]
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def target_paths(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Paths of the modules that a resolved config targets, in the order of the model.
+
+    Raises:
+        ValueError: none; the message has the names that come nearest.
+    """
+    paths = [path for path, _ in model.named_modules() if path]
+    matched = [path for path in paths if _is_target(config, path)]
+    targets = [path for path in matched if not _is_excluded(config, path)]
+    if targets:
+        return targets
+    names = config.target_modules
+    wanted = [names] if isinstance(names, str) else list(names or ())
+    if matched:
+        raise ValueError(
+            f"target_modules={_shown(wanted)} matches only what exclude_modules or modules_to_save takes out: "
+            f"{_shown(matched)}"
+        )
+    layers = "" if config.layers_to_transform is None else f" in layers {config.layers_to_transform}"
+    raise ValueError(f"target_modules={_shown(wanted)} matches no module{layers}; {nearnames_match(model, wanted)}")
+
+
+def saved_paths(model: nn.Module, names: Iterable[str] | None) -> list[str]:
+    """Paths that end with one of modules_to_save (PEFT compares ends of strings, not path components).
+
+    Raises:
+        ValueError: names are given and none of them matches.
+    """
+    names = list(names or ())
+    paths = [path for path, _ in model.named_modules() if path and path.endswith(tuple(names))]
+    if names and not paths:
+        raise ValueError(f"modules_to_save={names} matches no module; {nearnames_match(model, names)}")
+    return [p for p in paths if not any(p.startswith(f"{outer}.") for outer in paths)]
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """Paths of every layer that an adapter can go on."""
+    return [
+        path for path, module in model.named_modules() if path and (is_linear(module) or isinstance(module, NF4Linear))
+    ]
+
+
+def output_heads(model: nn.Module, classification: bool) -> set[str]:
+    """The path of the output embedding; in a model without one, where asked for, that of the classification head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None and classification:
+        head = next((getattr(model, name) for name in _HEADS if hasattr(model, name)), None)
+    return {path for path, module in model.named_modules() if module is head}
+
+
+def nearnames_match(model: nn.Module, wanted: Iterable[str]) -> str:
+    """The names of linear layers most like those wanted, or all of them."""
+    names = sorted({path.rpartition(".")[2] for path in linear_paths(model)})
+    near = [m for name in wanted for m in difflib.get_close_matches(name.rpartition(".")[2], names, cutoff=0.5)]
+    return (
+        f"near names: {', '.join(dict.fromkeys(near))}" if near else f"the linear layers are named {', '.join(names)}"
+    )
+
+
+def _is_excluded(config: LoRAConfig, path: str) -> bool:
+    if config.exclude_modules and names_match(config.exclude_modules, path):
+        return True
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or ())
+
+
+def _is_target(config: LoRAConfig, path: str) -> bool:
+    targets = config.target_modules
+    if targets is None or isinstance(targets, str) or path in targets:
+        return targets is not None and names_match(
+            targets, path
+        )  # a full path is a target whatever layers_to_transform says
+    return names_match(targets, path) and _in_layers(config, path)
+
+
+def names_match(names: Collection[str] | str, path: str) -> bool:
+    """A string is a regular expression for the whole path; a list has whole paths or their last components."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return path in names or any(path.endswith(f".{name}") for name in names)
+
+
+def _in_layers(config: LoRAConfig, path: str) -> bool:
+    layers = config.layers_to_transform
+    if layers is None or (not isinstance(layers, int) and not layers):
+        return True
+    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in lists or ()] or [r".*?\.[^.]*\.(\d+)\."]
+    match = next((m for pattern in patterns if (m := re.match(pattern, path))), None)
+    return match is not None and int(match[1]) in ((layers,) if isinstance(layers, int) else layers)
+
+
+def _lastnames_match(paths: Iterable[str]) -> str:
+    return ", ".join(sorted({path.rpartition(".")[2] for path in paths})) or "(none)"
+
+
+def _shown(names: list[str]) -> str:
+    return f"[{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}]"

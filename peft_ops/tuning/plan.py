@@ -1,0 +1,132 @@
+"""Everything that can be wrong with an adaptation is found here, before a model is touched."""
+
+import warnings
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..nn import LoRALinear, NF4Linear
+from ..nn.linear_like import check_linear, dense_weight, is_conv1d
+from .adaptation import Adaptation, adaptation_of
+from .config import LoRAConfig, QLoRAConfig, matches_end
+from .matching import linear_paths, names_match, output_heads, resolve_targets, saved_paths, target_paths
+
+_QUANTISABLE = (torch.float16, torch.bfloat16, torch.float32)
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
+
+def plan(model: nn.Module, config: LoRAConfig) -> Adaptation:
+    """What adapt(model, config) will do; the model is only read.
+
+    Raises:
+        TypeError: model or config of another type; a target that is no linear layer; a weight that NF4 cannot hold.
+        ValueError: an adapted model; nothing matched; NaN or infinite weights to quantise.
+    """
+    _check_arguments(model, config)
+    names = list(config.modules_to_save or ())
+    names += [name for name in _TASK_HEADS.get(config.task_type or "", ()) if name not in names]
+    config = replace(config, target_modules=resolve_targets(model, config), modules_to_save=names or None)
+    targets, saved = target_paths(model, config), saved_paths(model, names)
+    for path in targets:
+        _check_target(model, path, saved)
+    config = replace(config, fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in targets))
+    quantize = _quantizable(model, saved, targets) if isinstance(config, QLoRAConfig) else []
+    for path in quantize:
+        _check_quantizable(model, path)
+    _warn_unused(model, config, targets)
+    trained = [f"{path}.{name}" for path in saved for name in _tensor_names(model.get_submodule(path))]
+    trained += [name for name in _bias_names(model, config, targets) if name not in trained]
+    return Adaptation(config, targets, quantize, trained)
+
+
+def _check_arguments(model: nn.Module, config: LoRAConfig) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"config must be a LoRAConfig or a QLoRAConfig, got {type(config).__name__}")
+    adapted = [
+        path for path, module in model.named_modules() if isinstance(module, LoRALinear) or adaptation_of(module)
+    ]
+    if adapted or hasattr(model, "peft_config"):
+        raise ValueError(
+            "model is already adapted (" + (adapted[0] or "at its root" if adapted else "by peft") + "); merge it first"
+        )
+
+
+def _check_target(model: nn.Module, path: str, saved: list[str]) -> None:
+    layer, (parent, _, name) = model.get_submodule(path), path.rpartition(".")
+    if not isinstance(layer, NF4Linear):
+        try:
+            check_linear(layer)
+        except TypeError as error:
+            raise TypeError(f"target_modules matches {path}, which cannot be adapted: {error}") from error
+    if _weight_read_by_parent(model, parent, name):
+        raise ValueError(
+            f"target_modules matches {path}, whose weight its parent reads without calling the layer: "
+            "an adapter there would do nothing; name it in exclude_modules"
+        )
+    holder = next((s for s in saved if path == s or path.startswith(f"{s}.")), None)
+    if holder is not None:
+        raise ValueError(f"{path} is in target_modules and, as part of {holder}, in modules_to_save")
+
+
+def _weight_read_by_parent(model: nn.Module, parent: str, name: str) -> bool:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    in_attention = isinstance(model.get_submodule(parent), nn.MultiheadAttention)
+    return in_attention or (model_type in _MAMBA and name == "out_proj")
+
+
+def _quantizable(model: nn.Module, saved: list[str], targets: list[str]) -> list[str]:
+    """All linear layers but output heads, modules_to_save, tied weights and those that another module reads."""
+    heads = output_heads(model, classification=True)
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    paths = []
+    for path in linear_paths(model):
+        layer, (parent, _, name) = model.get_submodule(path), path.rpartition(".")
+        kept = path in heads or any(f"{path}.".startswith(f"{s}.") for s in saved)
+        if kept or isinstance(layer, NF4Linear) or _weight_read_by_parent(model, parent, name):
+            continue
+        if path in targets or owners[id(layer._parameters["weight"])] == 1:
+            paths.append(path)
+    return paths
+
+
+def _check_quantizable(model: nn.Module, path: str) -> None:
+    weight = dense_weight(model.get_submodule(path))
+    if weight.dtype not in _QUANTISABLE:
+        raise TypeError(f"{path}.weight must be float32, float16 or bfloat16 to be quantised, got {weight.dtype}")
+    if not weight.is_meta and not torch.isfinite(weight).all():
+        raise ValueError(f"{path}.weight holds NaN or infinite values and cannot be quantised")
+
+
+def _tensor_names(module: nn.Module) -> list[str]:
+    """Parameters and the buffers that a state_dict keeps."""
+    parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    return parameters + [name for name, _ in module.named_buffers() if name in module.state_dict()]
+
+
+def _bias_names(model: nn.Module, config: LoRAConfig, targets: Collection[str]) -> list[str]:
+    if config.bias == "none":
+        return []
+    names = [name for name, _ in model.named_parameters() if name == "bias" or name.endswith(".bias")]
+    return names if config.bias == "all" else [name for name in names if name.rpartition(".")[0] in set(targets)]
+
+
+def _warn_unused(model: nn.Module, config: LoRAConfig, targets: list[str]) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field):
+            if not any(matches_end(pattern, path) for path in targets):
+                warnings.warn(f"{field}[{pattern!r}] matches none of the adapted layers", stacklevel=4)
+    excluded = config.exclude_modules
+    if excluded and not any(names_match(excluded, path) for path, _ in model.named_modules()):
+        warnings.warn(f"exclude_modules={excluded!r} matches no module", stacklevel=4)
