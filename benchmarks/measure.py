@@ -1,0 +1,99 @@
+"""What is measured of one call: time on the device's own clock, bytes kept for backward, peak memory."""
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+ON_CPU_S, ON_GPU_S, ROUNDS = 0.6, 0.12, (5, 50)
+
+
+class DeviceInstant:
+    """A timer for pytest-benchmark: `end - start` are the seconds between two points in the stream of a GPU."""
+
+    def __init__(self):
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, start: "DeviceInstant") -> float:
+        self.event.synchronize()
+        return start.event.elapsed_time(self.event) * 1e-3
+
+
+class ColdQueue:
+    """Run before every sample on a GPU: reads a buffer of twice the L2 cache, often enough that the host is ahead.
+
+    The sample then finds none of its inputs in L2, and no gap between its kernels that a slow launch would leave.
+    """
+
+    def __init__(self, host_s: float):
+        device = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self.buffer = torch.ones(max(2 * device.L2_cache_size, 1 << 28) // 4, device="cuda")
+        read_s = timed(self.buffer.sum, DeviceInstant)
+        self.reads = 1 + int(2 * host_s / read_s)
+
+    def __call__(self) -> None:
+        for _ in range(self.reads):
+            self.buffer.sum()
+
+
+def timed(call: Callable, timer: Callable = time.perf_counter) -> float:
+    """Seconds of one call, after one that warms up."""
+    call()
+    start = timer()
+    call()
+    return timer() - start
+
+
+def host_time(call: Callable) -> float:
+    """Seconds until a call has returned, its work still queued on the GPU."""
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    host_s = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return host_s
+
+
+def sample(benchmark, call: Callable, on_gpu: bool) -> None:
+    """Feeds pytest-benchmark: device times on a GPU (the marker of conftest.py sets its timer), wall times on a CPU."""
+    if benchmark.disabled:
+        benchmark.pedantic(call)
+        return
+    setup, budget = None, ON_CPU_S
+    if on_gpu:
+        for _ in range(3):  # compilation, autotuning, handles
+            call()
+        host_s = host_time(call)
+        benchmark.extra_info["host_s"] = host_s
+        setup, budget = ColdQueue(host_s), ON_GPU_S
+    once = timed(call, DeviceInstant if on_gpu else time.perf_counter)
+    rounds = max(ROUNDS[0], min(ROUNDS[1], int(budget / once)))
+    benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=2)
+
+
+def saved_bytes(call: Callable, exclude: Iterable[torch.Tensor]) -> int:
+    """Bytes that autograd keeps after call() beyond the storages of `exclude` (x and parameters), each storage once."""
+    owned = {t.untyped_storage().data_ptr() for t in exclude}
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = call()  # kept alive: a storage that is freed could lend its address to another
+    del output
+    return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in owned)
+
+
+def peak_bytes(call: Callable) -> int:
+    """Most device memory that a call holds at once beyond what was there before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

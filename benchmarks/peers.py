@@ -1,0 +1,113 @@
+"""The contenders: small builders, one signature to an op; each skips by its name where its package is missing.
+
+Layers: `build(linear, p) -> nn.Module` over a frozen nn.Linear; adapters of rank 16 wherever there are any.
+NF4: `build(w, nested) -> (quantise, dequantise)`, two functions without arguments.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from peft_ops import nf4
+from peft_ops.nn import LoRALinear, NF4Linear
+
+R, ALPHA = 16, 32
+BLOCKSIZE = 64
+
+
+def _needs(package: str):
+    return pytest.importorskip(package, reason=f"{package} is not installed", exc_type=ImportError)
+
+
+def frozen_linear(linear: nn.Linear, p: float) -> nn.Module:
+    """The floor: no adapter, dX alone in the backward."""
+    return linear
+
+
+def ours_lora(linear: nn.Linear, p: float) -> nn.Module:
+    return LoRALinear.from_linear(linear, r=R, lora_alpha=ALPHA, lora_dropout=p)
+
+
+def ours_nf4(linear: nn.Linear, p: float) -> nn.Module:
+    return NF4Linear.from_linear(linear, blocksize=BLOCKSIZE, double_quant=True)
+
+
+def ours_qlora(linear: nn.Linear, p: float) -> nn.Module:
+    return LoRALinear.from_linear(ours_nf4(linear, p), r=R, lora_alpha=ALPHA, lora_dropout=p)
+
+
+def peft_lora(linear: nn.Linear, p: float) -> nn.Module:
+    """PEFT's layer, eager, with the float32 adapters that get_peft_model makes on a 16-bit base."""
+    peft = _needs("peft")
+    model = nn.Sequential(linear)
+    model.is_loaded_in_4bit = type(linear).__name__ == "Linear4bit"
+    config = peft.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=p, target_modules=["0"])
+    return peft.get_peft_model(model, config).base_model.model[0]
+
+
+def bitsandbytes_linear(linear: nn.Linear, p: float) -> nn.Module:
+    bnb = _needs("bitsandbytes")
+    layer = bnb.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=linear.weight.dtype, quant_type="nf4"
+    )
+    layer.weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, blocksize=BLOCKSIZE, quant_type="nf4")
+    return layer.to(linear.weight.device)  # this quantises, the scales too
+
+
+def peft_qlora(linear: nn.Linear, p: float) -> nn.Module:
+    return peft_lora(bitsandbytes_linear(linear, p), p)
+
+
+def addmm_lora(linear: nn.Linear, p: float) -> nn.Module:
+    """Vendor matrix products and in-place low-rank updates, adapters in the dtype of the base; no dropout."""
+    if p:
+        pytest.skip("addmm has no dropout")
+    return _AddmmLoRA(linear)
+
+
+class _AddmmLoRA(nn.Module):
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = linear.weight
+        self.lora_A = nn.Parameter(self.weight.new_empty(R, linear.in_features))
+        self.lora_B = nn.Parameter(self.weight.new_empty(linear.out_features, R))
+
+    def forward(self, x):
+        return _Addmm.apply(x, self.weight, self.lora_A, self.lora_B, ALPHA / R)
+
+
+class _Addmm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, a, b, scaling):
+        s = x @ a.t()
+        ctx.save_for_backward(x, s, w, a, b)
+        ctx.scaling = scaling
+        return (x @ w.t()).addmm_(s, b.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, s, w, a, b = ctx.saved_tensors
+        ds = dy @ b * ctx.scaling
+        return (dy @ w).addmm_(ds, a), None, ds.t() @ x, dy.t() @ s * ctx.scaling, None
+
+
+LORA = {"peft-ops": ours_lora, "nn.Linear": frozen_linear, "PEFT": peft_lora, "addmm": addmm_lora}
+NF4_LINEAR = {"peft-ops": ours_nf4, "nn.Linear": frozen_linear, "bitsandbytes": bitsandbytes_linear}
+QLORA = {"peft-ops": ours_qlora, "nn.Linear": frozen_linear, "PEFT + bitsandbytes": peft_qlora}
+
+
+def ours_codec(w: torch.Tensor, nested: bool) -> tuple[Callable, Callable]:
+    weight = nf4.quantize(w, BLOCKSIZE, nested)
+    return lambda: nf4.quantize(w, BLOCKSIZE, nested), lambda: nf4.dequantize(weight)
+
+
+def bitsandbytes_codec(w: torch.Tensor, nested: bool) -> tuple[Callable, Callable]:
+    functional = _needs("bitsandbytes").functional
+    options = {"blocksize": BLOCKSIZE, "compress_statistics": nested}
+    packed, state = functional.quantize_nf4(w, **options)
+    return lambda: functional.quantize_nf4(w, **options), lambda: functional.dequantize_nf4(packed, state)
+
+
+CODECS = {"peft-ops": ours_codec, "bitsandbytes": bitsandbytes_codec}
