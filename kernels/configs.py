@@ -70,10 +70,10 @@ def update_precision(arch: str, dtype: torch.dtype) -> str:
 def block_r(rank: int, arch: str, dtype: torch.dtype) -> int:
     """A power of two from 16 that covers the rank, up to what a program's registers hold; ranks above are walked.
 
-    64 where operands of the matrix unit may lie in shared memory (Hopper, data-centre Blackwell) or registers abound
+    64 where operands of the matrix unit may lie in shared memory (Hopper) or registers abound
     (AMD), 32 elsewhere and in float32, whose three products need three times the registers.
     """
-    roomy = arch.startswith(("gfx", "sm_9", "sm_10")) and (dtype != torch.float32)
+    roomy = arch.startswith(("gfx", "sm_9")) and dtype != torch.float32
     return max(16, min(64 if roomy else 32, 1 << (rank - 1).bit_length()))
 
 
@@ -81,3 +81,16 @@ def splits(programs: int, steps: int, least: int = 4) -> int:
     """Into how many parts to cut a reduction of `steps` so that `programs` of them fill a GPU; none below `least`."""
     wanted = PROGRAMS // max(1, programs)
     return max(1, min(wanted, steps // least))
+
+
+NF4_TILES = {  # elements and warps of a program that walks blocks
+    "nf4_quantize": dict(elements=4096, num_warps=8),
+    "absmax_quantize": dict(elements=1024, num_warps=4),
+    "nf4_dequantize": dict(elements=4096, num_warps=4),
+}
+
+
+def nf4_blocks(kernel: str, blocksize: int) -> dict[str, int]:
+    """BLOCKS of one program and its num_warps."""
+    tile = NF4_TILES[kernel]
+    return dict(BLOCKS=max(1, tile["elements"] // blocksize), num_warps=tile["num_warps"])

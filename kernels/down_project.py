@@ -56,7 +56,7 @@ def _down_project_da_kernel(
         seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for start in range(tl.program_id(2) * BLOCK_M, M, BLOCK_M * SPLITS):
-        m = start.to(tl.int64) + tl.arange(0, BLOCK_M)
+        m = start + tl.arange(0, BLOCK_M).to(tl.int64)
         x = tl.load(x_ptr + m[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk,
                     mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)  # fmt: skip
         if DROPOUT:

@@ -45,7 +45,7 @@ def resources(compiled, arch):
 
 
 def assert_lean(kernel, signature, constexprs, arch, *, dot, divisible=True, tensor_core=None, **options):
-    """It compiles, fits shared memory, spills nothing and, with a dot, uses the matrix unit. Prints and returns its cost.
+    """It compiles, fits shared memory, spills nothing and, with a dot, uses the matrix unit. Prints its cost too.
 
     tensor_core: another instruction to ask for than the architecture's best (HMMA where a tile is too small for HGMMA).
     """

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from peft_ops.kernels import configs
 from peft_ops.kernels.down_project import _down_project_da_kernel, _down_project_kernel
 from peft_ops.kernels.linear_low_rank import _linear_low_rank_kernel
