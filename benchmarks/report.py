@@ -7,6 +7,7 @@ into benchmarks/results/<device>/.
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 OURS, FLOOR = "peft-ops", "nn.Linear"
@@ -83,7 +84,7 @@ def markdown(results: dict, pictures: list[str]) -> str:
         "its median.",
     ]  # fmt: skip
     for op, rows in by_op(results).items():
-        lines += ["", f"## {op}", "", *table(rows, time_cell, spread)]
+        lines += ["", f"## {op}", "", *table(rows, time_cell, {f"{OURS} / {FLOOR}": over_floor, "spread": spread})]
         for key, title in (
             ("saved_bytes", "Saved for backward beyond x and parameters, MB"),
             ("peak_bytes", "Peak memory of a step, MB"),
@@ -99,22 +100,30 @@ def markdown(results: dict, pictures: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table(rows: dict[tuple, dict], cell, last=None) -> list[str]:
-    names = contenders(rows)
+def table(rows: dict[tuple, dict], cell: Callable, extra: dict[str, Callable] | None = None) -> list[str]:
+    """A line per shape, a column per contender from cell(cells, name), and named columns from extra[name](cells)."""
+    names, extra = contenders(rows), extra or {}
     head = ["N×K", *(["M"] if any(row[2] for row in rows) else []), *(["case"] if any(row[3] for row in rows) else [])]
-    lines = ["| " + " | ".join([*head, *names, *(["spread"] if last else [])]) + " |"]
-    lines.append("|" + "---|" * (lines[0].count("|") - 1))
+    lines = [markdown_row([*head, *names, *extra]), "|" + "---|" * (len(head) + len(names) + len(extra))]
     for (n, k, m, variant), cells in rows.items():
         left = [f"{n}×{k}", *([str(m)] if "M" in head else []), *([variant] if "case" in head else [])]
         values = [cell(cells, name) if name in cells else "–" for name in names]
-        lines.append("| " + " | ".join([*left, *values, *([last(cells)] if last else [])]) + " |")
+        lines.append(markdown_row([*left, *values, *(column(cells) for column in extra.values())]))
     return lines
+
+
+def markdown_row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def time_cell(cells: dict, name: str) -> str:
     median = cells[name]["median"]
     text = f"{median * 1e3:.3g} ms" if median >= 1e-3 else f"{median * 1e6:.3g} µs"
     return text if name == OURS or OURS not in cells else f"{text} ({median / cells[OURS]['median']:.2f}×)"
+
+
+def over_floor(cells: dict) -> str:
+    return f"{cells[OURS]['median'] / cells[FLOOR]['median']:.2f}×" if {OURS, FLOOR} <= cells.keys() else "–"
 
 
 def spread(cells: dict) -> str:
@@ -137,7 +146,7 @@ def draw(results: dict, out: Path) -> list[str]:
 
     ops, names = by_op(results), []
     for picture, members in PICTURES.items():
-        present = [op for op in members if op in ops]
+        present = [op for op in members if any(OURS in cells for cells in ops.get(op, {}).values())]
         if not present:
             continue
         height = 1.6 + 0.26 * max(len(ops[op]) for op in present)
