@@ -71,7 +71,7 @@ def case(op, contender, median, **info):
 def results():
     op = "lora_linear forward + backward"
     return {
-        "machine_info": {"device": "A Chip", "node": "host-7", "cpu": {}, "versions": {"torch": "2.13.0", "peft": None}},
+        "machine_info": {"device": "Chip", "node": "host-7", "cpu": {}, "versions": {"torch": "2.13.0", "peft": None}},
         "commit_info": {"id": "0123456789abcdef", "branch": "b", "project": "p", "dirty": False},
         "datetime": "2026-01-02T00:00:00", "version": "5.3.1",
         "benchmarks": [
