@@ -28,7 +28,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_benchmark_update_machine_info(machine_info):
-    del machine_info["node"], machine_info["python_build"], machine_info["release"]
+    for private in ("node", "python_build", "release"):
+        machine_info.pop(private, None)
     machine_info.update(machine.description())
 
 
@@ -60,6 +61,8 @@ def measure(benchmark, note):
         note(op, shape, f"p={p}" if p is not None else "")
         linear = nn.Linear(shape.K, shape.N, bias=False, device=DEVICE, dtype=DTYPE).requires_grad_(False)
         layer = build(linear, p or 0.0)
+        if p is None and not backward:
+            layer.eval()  # bitsandbytes lays weights out for inference then
         leaves = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         for parameter in leaves:
             nn.init.normal_(parameter, std=0.02)
