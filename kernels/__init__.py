@@ -1,4 +1,14 @@
-"""Triton kernels and their launchers. Installed as peft_ops.kernels; imports torch, triton and siblings only."""
+"""Triton kernels and their launchers. Installed as peft_ops.kernels; imports torch, triton and siblings only.
 
-if __name__ == "kernels":  # the repository's root on sys.path: no module is loaded under two names, and transformers,
-    __path__ = []  # which imports a package called kernels where it finds one, sees an empty one without a version
+Under its bare name (the repository's root on sys.path) the package is empty: no module is loaded under two names, and
+transformers, which imports a package called kernels where it finds one, sees one without a version.
+"""
+
+if __name__ == "kernels":
+    __path__ = []
+else:
+    from . import down_project as down_project
+    from . import linear_low_rank as linear_low_rank
+    from . import low_rank as low_rank
+    from . import nf4 as nf4
+    from . import nf4_linear as nf4_linear

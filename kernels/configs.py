@@ -5,8 +5,6 @@ the nearest entry, never an error. Sizes fit the smallest shared memory of a fam
 Everything here is a design value until `benchmarks/results/<gpu>/` holds a measurement behind it.
 """
 
-from functools import cache
-
 import torch
 
 LAUNCH = {
@@ -39,15 +37,18 @@ PROGRAMS = 256  # how many programs a split reduction aims at: fixed, so that re
 FUSED_LINEAR_MAX_M = 0  # rows up to which the base GEMM carries the low-rank term; above it, vendor GEMM + one update
 
 
-@cache
+_arches: dict[torch.device, str] = {}
+
+
 def arch_of(device: torch.device) -> str:
     """ "sm_90", "gfx942", ..., or "default" where there is no GPU (the interpreter)."""
     if device.type != "cuda":
         return "default"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+    if device not in _arches:
+        properties = torch.cuda.get_device_properties(device)
+        amd = properties.gcnArchName.split(":")[0] if torch.version.hip else ""
+        _arches[device] = amd or f"sm_{properties.major}{properties.minor}"
+    return _arches[device]
 
 
 def launch(kernel: str, arch: str, dtype: torch.dtype) -> dict[str, int]:
@@ -94,3 +95,54 @@ def nf4_blocks(kernel: str, blocksize: int) -> dict[str, int]:
     """BLOCKS of one program and its num_warps."""
     tile = NF4_TILES[kernel]
     return dict(BLOCKS=max(1, tile["elements"] // blocksize), num_warps=tile["num_warps"])
+
+
+NF4_LINEAR = {  # by the rows that a tile holds; W is decoded in tiles of BLOCK_N x BLOCK_K
+    "nf4_linear": {
+        16: dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
+        32: dict(BLOCK_M=32, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
+        64: dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
+        "gfx": dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2),
+        "fp32": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
+    },
+    "nf4_linear_dx": {
+        16: dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4),
+        32: dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4),
+        64: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
+        "gfx": dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2),
+        "fp32": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=3),
+    },
+}
+# Rows up to which decoding inside the GEMM beats decoding first, by output features: bitsandbytes 0.50's calibration on
+# an H100, until ours is measured. float32 has no fast matrix unit: few rows only.
+NF4_FUSED_ROWS = ((8192, 16), (20480, 32), (1 << 62, 64))
+NF4_SLAB_BYTES = 32 << 20  # of decoded weights at once: stays in the L2 cache of a data-centre GPU
+
+
+def nf4_linear(kernel: str, rows: int, arch: str, dtype: torch.dtype) -> dict[str, int]:
+    """Launch configuration of a fused NF4 kernel for `rows` rows of x."""
+    table = NF4_LINEAR[kernel]
+    fit = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    return {
+        **table[fit],
+        **(table["gfx"] if arch.startswith("gfx") else {}),
+        **(table["fp32"] if dtype == torch.float32 else {}),
+    }
+
+
+def nf4_fused(rows: int, out: int, dtype: torch.dtype) -> bool:
+    """Whether an NF4 product with `rows` rows and `out` columns decodes inside the GEMM."""
+    most = 16 if dtype == torch.float32 else next(most for widest, most in NF4_FUSED_ROWS if out <= widest)
+    return 0 < rows <= most
+
+
+def nf4_slab(lines: int, line_bytes: int, align: int) -> int:
+    """How many lines of a decoded weight make a slab: a multiple of align, or all."""
+    return min(lines, max(1, NF4_SLAB_BYTES // max(1, line_bytes * align)) * align)
+
+
+def nf4_splits(grid: tuple[int, int], reduction: int, block: int) -> tuple[int, int]:
+    """(splits, elements of the reduction in each, whole blocks) for a grid of output tiles."""
+    steps = -(-reduction // block)
+    each = -(-steps // splits(grid[0] * grid[1], steps))
+    return -(-steps // each), each * block

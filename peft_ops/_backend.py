@@ -1,29 +1,38 @@
 """The only door to device code: which package implements an op for a tensor.
 
-`PEFT_OPS_BACKEND` (a package name, read once at import) forces one for every device; otherwise device types listed in
-`_BY_DEVICE` go to their kernels where these can be installed, and everything else to the plain-PyTorch reference.
+`PEFT_OPS_BACKEND` (one of `_PACKAGES`, read once at import) forces a package for every device; otherwise device types
+in `_BY_DEVICE` go to their kernels where these can be installed, and everything else to the plain-PyTorch reference.
 """
 
 import os
-from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
+
+def _reference() -> ModuleType:
+    from . import reference
+
+    return reference
+
+
+def _triton() -> ModuleType:
+    from . import kernels  # at first use, and as a statement, which torch.compile can trace
+
+    return kernels
+
+
 REFERENCE, TRITON = "peft_ops.reference", "peft_ops.kernels"
-_FORCED = os.environ.get("PEFT_OPS_BACKEND")
+_PACKAGES = {REFERENCE: _reference, TRITON: _triton}
 _BY_DEVICE = {"cuda": TRITON} if find_spec("triton") else {}
 _KERNEL_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
-_loaded: dict[tuple[str, str], ModuleType] = {}
+_FORCED = os.environ.get("PEFT_OPS_BACKEND")
+if _FORCED and _FORCED not in _PACKAGES:
+    raise ImportError(f"PEFT_OPS_BACKEND must be one of {', '.join(_PACKAGES)}, got {_FORCED}")
 
 
 def implementation(op: str, tensor: torch.Tensor) -> ModuleType:
     """The module that implements `op` for the device and dtype of `tensor`; kernels take 16- and 32-bit floats."""
     package = _FORCED or _BY_DEVICE.get(tensor.device.type, REFERENCE)
-    if tensor.dtype not in _KERNEL_DTYPES:
-        package = REFERENCE
-    module = _loaded.get((package, op))
-    if module is None:
-        module = _loaded[package, op] = import_module(f"{package}.{op}")
-    return module
+    return getattr(_PACKAGES[package if tensor.dtype in _KERNEL_DTYPES else REFERENCE](), op)

@@ -1,1 +1,7 @@
 """Every op in plain PyTorch: the specification that kernels are held against, and the path where there are none."""
+
+from . import down_project as down_project
+from . import linear_low_rank as linear_low_rank
+from . import low_rank as low_rank
+from . import nf4 as nf4
+from . import nf4_linear as nf4_linear

@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+MARK = "aot: "  # of the lines that conftest.py gathers into a table
 _BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 
 
@@ -50,7 +51,13 @@ def assert_lean(kernel, signature, constexprs, arch, *, dot, divisible=True, ten
     tensor_core: another instruction to ask for than the architecture's best (HMMA where a tile is too small for HGMMA).
     """
     cost = resources(compile_for(kernel, signature, constexprs, arch, divisible=divisible, **options), arch)
-    print(f"{kernel.__name__} {arch} {constexprs} {options}: {cost}")
+    types = "/".join(dict.fromkeys(kind.strip("*") for kind in signature.values() if kind.startswith("*")))
+    flags = " ".join(f"{key}={value}" for key, value in {**constexprs, **options}.items() if key != "stride")
+    units = ", ".join(f"{op} {n}" for op, n in cost["instructions"].items())
+    print(
+        f"{MARK}{arch:7} {kernel.__name__:30} {types:20} {cost['registers']:3} registers {cost['shared'] / 1024:5.0f} KiB "
+        f"{cost['spills']} spills  {units}  [{flags}]"
+    )
     assert cost["shared"] <= SHARED_LIMIT[arch], cost
     assert cost["spills"] == 0, cost
     wanted = tensor_core or TENSOR_CORE[arch]

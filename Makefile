@@ -1,0 +1,49 @@
+# Every target sets up what it needs on a fresh machine: a virtual environment with the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs
+BIN := $(VENV)/bin
+WORKERS ?= 2
+KERNEL_TESTS := $(wildcard tests/test_nf4.py tests/test_nf4_linear.py tests/test_lora_linear.py) tests/interpret
+
+.PHONY: demo test lint torch interpret aot bench gpu lock clean
+
+demo: $(VENV)/.ready  ## fine-tune the embedded model with lora, qlora and full side by side
+	$(BIN)/peft-ops demo --out $(OUT)/demo
+
+test: lint torch interpret aot  ## the four jobs of CI
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+torch: $(VENV)/.ready  ## the plain-PyTorch path: ops, layers, methods, checkpoints, command line, benchmarks once
+	$(BIN)/python -m pytest tests -n $(WORKERS) --ignore tests/interpret --ignore tests/aot -m "not gpu"
+
+interpret: $(VENV)/.ready  ## the Triton kernels on CPU tensors, held against the reference
+	TRITON_INTERPRET=1 PEFT_OPS_BACKEND=peft_ops.kernels \
+		$(BIN)/python -m pytest $(KERNEL_TESTS) -n $(WORKERS) -m "not gpu"
+
+aot: $(VENV)/.ready  ## every kernel and configuration compiled for every chip
+	$(BIN)/python -m pytest tests/aot -n $(WORKERS)
+
+bench: $(VENV)/.ready  ## the benchmark suite on this machine, with its peers
+	$(BIN)/python -m pytest benchmarks --benchmark-json=$(OUT)/benchmark.json
+	$(BIN)/python -m benchmarks.report $(OUT)/benchmark.json --out $(OUT)
+
+gpu:  ## everything that needs a GPU, with the Python, torch and triton that are there; no network, no set-up
+	$(PYTHON) -m benchmarks.gpu --out $(OUT)/gpu
+
+lock: $(VENV)/.ready  ## write constraints.txt from the environment as it is
+	( sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude setuptools \
+		| grep -v '^-e' | sed 's/+[a-z0-9]*$$//' ) > constraints.new
+	mv constraints.new constraints.txt
+
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,113 @@
+"""Case 28: torch.compile captures forward and backward of every op with its Triton kernels, without a graph break.
+
+A stub driver stands in for the GPU, so nothing is launched: what is held is the capture, by AOTAutograd, with the
+kernels seen as kernels.
+"""
+
+import functorch.compile
+import pytest
+import torch
+import torch._dynamo.backends.common
+import torch.utils._triton
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver
+
+from peft_ops import _backend, nf4, ops
+from resources import target
+
+
+class NoBinaries:
+    @staticmethod
+    def load_binary(name, binary, shared, device):
+        return None, None, 0, 0, 1024
+
+    @staticmethod
+    def get_device_properties(device):
+        return {"max_shared_mem": 1 << 20}
+
+
+class NoLauncher:
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, *args):
+        pass
+
+
+class StubDriver(DriverBase):
+    """A GPU for which kernels are compiled and on which none runs."""
+
+    utils, launcher_cls = NoBinaries, NoLauncher
+    is_active = classmethod(lambda cls: True)
+
+    def __init__(self):
+        self.target = target("sm_90")
+
+    def get_current_target(self):
+        return self.target
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_benchmarker(self):
+        return lambda fn, quantiles=None, **kwargs: [1.0] * 3
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def set_current_device(self, device):
+        pass
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Names of the Triton kernels in the graphs that a compiled function was captured as."""
+    names = []
+
+    def record(graph_module, example_inputs):
+        kernels = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table
+        for node in graph_module.graph.nodes:
+            if "kernel_idx" in node.kwargs:
+                names.append(kernels.get_kernel(node.kwargs["kernel_idx"]).fn.__name__)
+        return functorch.compile.make_boxed_func(graph_module.forward)
+
+    monkeypatch.setattr(_backend, "_FORCED", _backend.TRITON)
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
+    monkeypatch.setattr(driver, "_active", StubDriver())
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=record, bw_compiler=record)
+    yield names, lambda function: torch.compile(function, backend=backend, fullgraph=True)
+    torch._dynamo.reset()
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_lora_linear(captured, base, p):
+    names, compiled = captured
+    x, w = torch.randn(200, 64, requires_grad=True), torch.randn(32, 64)
+    weight = nf4_weight(w) if base == "nf4" else w
+    a, b = torch.randn(4, 64, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    compiled(lambda x, a, b: ops.lora_linear(x, weight, None, a, b, 0.5, p))(x, a, b).sum().backward()
+    forward, backward = {"_down_project_kernel"}, {"_low_rank_gradients_kernel", "_down_project_da_kernel"}
+    assert forward | backward | {"_low_rank_update_kernel"} <= set(names)
+    assert names.count("_low_rank_update_kernel") == 2  # y and dx
+
+
+@pytest.mark.unpoisoned
+def test_nf4_linear(captured):
+    names, compiled = captured
+    weight, x = nf4_weight(torch.randn(32, 64)), torch.randn(200, 64, requires_grad=True)
+    compiled(lambda x: ops.nf4_linear(x, weight, None))(x).sum().backward()
+    assert sum(name.startswith("_nf4") for name in names) >= 2
+
+
+def nf4_weight(w):
+    """Quantised by the reference: the stub would leave the bytes unwritten."""
+    packed, absmax = _backend.implementation("nf4", w.double()).nf4_quantize(w, 64)
+    return nf4.NF4Weight(packed.view(w.shape[0], -1), absmax.view(w.shape[0], -1), 64, w.shape, w.dtype)
