@@ -136,7 +136,14 @@ def _check_tensors(file: Path, tensors: dict[str, torch.Tensor], shapes: dict[st
         if key in tensors and tuple(tensors[key].shape) != shape
     ]
     bad = [key for key in shapes if key in tensors and not torch.isfinite(tensors[key]).all()]
-    problems = {"missing keys": missing, "unexpected keys": unexpected, "shapes": wrong, "NaN or infinite": bad}
+    adapters = [key for key in shapes if key in tensors and ".lora_" in key]
+    problems = {
+        "missing keys": missing,
+        "unexpected keys": unexpected,
+        "shapes": wrong,
+        "NaN or infinite": bad,
+        "not floating point": [key for key in adapters if not tensors[key].is_floating_point()],
+    }
     found = [f"{name}: {_listed(keys)}" for name, keys in problems.items() if keys]
     if found:
         raise ValueError(f"{file} does not fit the model; " + "; ".join(found))

@@ -21,9 +21,10 @@ def is_linear(layer: nn.Module) -> bool:
 def check_linear(layer: nn.Module) -> None:
     """Raises TypeError unless `layer` computes x Wᵀ + bias from a 2-D Parameter `weight` of 16, 32 or 64 bits."""
     if not isinstance(layer, nn.Module) or not is_linear(layer):
+        patched = " whose forward was replaced" if "forward" in getattr(layer, "__dict__", ()) else ""
         raise TypeError(
             "linear must be an nn.Linear with nn.Linear's forward, a Conv1D or an NF4Linear, "
-            f"got {type(layer).__name__}"
+            f"got {type(layer).__name__}{patched}"
         )
     weight = layer._parameters.get("weight")
     if weight is None or weight.dim() != 2 or weight.dtype not in _DTYPES:

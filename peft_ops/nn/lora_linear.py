@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ..nf4 import NF4Weight
 from ..ops import lora_linear
 from .linear_like import check_linear, is_conv1d
+from .nf4_linear import NF4Linear
 
 
 class LoRALinear(nn.Module):
@@ -61,7 +62,7 @@ class LoRALinear(nn.Module):
         from .nf4_lora_linear import NF4LoRALinear
 
         check_adapter_arguments(r, lora_alpha, lora_dropout, init_lora_weights)
-        kind = NF4LoRALinear if NF4LoRALinear.accepts(linear) else LoRALinear
+        kind = NF4LoRALinear if isinstance(linear, NF4Linear) else LoRALinear
         layer = kind.__new__(kind)
         nn.Module.__init__(layer)
         layer._share_base(linear)
@@ -125,8 +126,8 @@ class LoRALinear(nn.Module):
         Raises:
             ValueError: the result holds NaN or infinite values.
         """
-        wide = self.lora_B.to(torch.promote_types(self.lora_B.dtype, torch.float32))
-        merged = self._wide_base(wide.dtype).addmm_(wide, self.lora_A.to(wide.dtype), alpha=self.scaling)
+        wide = torch.promote_types(torch.promote_types(self.weight.dtype, self.lora_B.dtype), torch.float32)
+        merged = self._wide_base(wide).addmm_(self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling)
         merged = merged.to(self.weight.dtype)
         if not merged.is_meta and not torch.isfinite(merged).all():
             raise ValueError("merging lora_A and lora_B into weight gives NaN or infinite values; nothing was changed")

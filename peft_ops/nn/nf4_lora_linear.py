@@ -28,10 +28,6 @@ class NF4LoRALinear(LoRALinear, NF4Storage):
     def __init__(self, *args, **kwargs) -> None:
         raise TypeError("a LoRALinear over NF4 is made by LoRALinear.from_linear(NF4Linear(...), r=...)")
 
-    @staticmethod
-    def accepts(linear: nn.Module) -> bool:
-        return isinstance(linear, NF4Linear)
-
     def _share_base(self, linear: nn.Module) -> None:
         assert isinstance(linear, NF4Linear)
         self._store(linear.weight)

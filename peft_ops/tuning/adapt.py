@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..nn import LoRALinear, NF4Linear
-from .adaptation import Adaptation, get_tensor, owner, set_adaptation, set_tensor
+from .adaptation import Adaptation, get_tensor, replace_module, set_adaptation, set_tensor
 from .config import LoRAConfig, QLoRAConfig
 from .plan import plan
 
@@ -34,8 +34,7 @@ def apply(model: nn.Module, adaptation: Adaptation) -> nn.Module:
         parameter.requires_grad_(False)
     targets, quantize = set(adaptation.targets), set(adaptation.quantize)
     for path in [path for path, _ in model.named_modules() if path in targets or path in quantize]:
-        parent, name = owner(model, path)
-        setattr(parent, name, _replacement(model.get_submodule(path), path, adaptation))
+        replace_module(model, path, _replacement(model.get_submodule(path), path, adaptation))
     for name in adaptation.trained:
         original = get_tensor(model, name)
         adaptation.originals[name] = original

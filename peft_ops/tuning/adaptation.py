@@ -55,6 +55,14 @@ def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Puts `new` where the module at `path` is, with the forward and backward hooks that users hung on that."""
+    hooks = ("_forward", "_backward", "_is_full_backward")
+    vars(new).update({k: v for k, v in vars(model.get_submodule(path)).items() if k.startswith(hooks)})
+    parent, name = owner(model, path)
+    setattr(parent, name, new)
+
+
 def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
     """The parameter or buffer called `name`."""
     module, leaf = owner(model, name)

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..nn import LoRALinear, NF4Linear
 from ..nn.nf4_lora_linear import NF4LoRALinear
-from .adaptation import owner, set_adaptation
+from .adaptation import replace_module, set_adaptation
 
 
 def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
@@ -30,8 +30,7 @@ def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
             raise ValueError(f"{path}: {error}") from error
     _warn_untied(model, layers)
     for path in [path for path, module in model.named_modules() if isinstance(module, LoRALinear | NF4Linear)]:
-        parent, name = owner(model, path)
-        setattr(parent, name, _plain(model.get_submodule(path), requantize))
+        replace_module(model, path, _plain(model.get_submodule(path), requantize))
     set_adaptation(model, None)
     return model
 
