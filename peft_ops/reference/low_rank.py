@@ -32,6 +32,6 @@ def low_rank_gradients(
     for rows in chunks(dy):
         part = dy[rows].to(wide)
         ds[rows] = part @ b
-        if dbt is not None:
+        if s is not None and dbt is not None:
             dbt.addmm_(s[rows].t(), part, alpha=scaling)
     return ds, None if dbt is None else dbt.t()
