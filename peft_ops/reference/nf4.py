@@ -17,6 +17,8 @@ _CHUNK = 1 << 18  # elements worked on at once: 1 MiB of float32 stays in a core
 
 
 def _dynamic_map() -> torch.Tensor:
+    """float32 [256], ascending: the 8-bit dynamic map of the nested absmax (Dettmers, "8-bit Approximations for
+    Parallelism in Deep Learning", 2015, section 2.1): a sign, a decimal exponent, and means of a linear fraction."""
     positive = []
     for i in range(7):
         bounds = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
@@ -27,24 +29,8 @@ def _dynamic_map() -> torch.Tensor:
 
 with torch.inference_mode(False):  # tables outlive the mode that the first import happens to run in
     _LEVELS = torch.tensor(NF4_LEVELS, dtype=torch.float32, device="cpu")
-    _PAIRS = torch.stack((_LEVELS.repeat_interleave(16), _LEVELS.repeat(16)), dim=-1)
+    _PAIRS = torch.stack((_LEVELS.repeat_interleave(16), _LEVELS.repeat(16)), dim=-1).view(torch.int64).view(-1)
     _MAP = _dynamic_map()
-
-
-def nf4_codes(device: torch.device) -> torch.Tensor:
-    """float32 [16]: the value of each code."""
-    return _LEVELS.to(device)
-
-
-def nf4_pairs(device: torch.device) -> torch.Tensor:
-    """float32 [256, 2]: the values of the high and the low nibble of each byte."""
-    return _PAIRS.to(device)
-
-
-def dynamic_map(device: torch.device) -> torch.Tensor:
-    """float32 [256], ascending: the 8-bit dynamic map of the nested absmax (Dettmers, "8-bit Approximations for
-    Parallelism in Deep Learning", 2015, section 2.1): a sign, a decimal exponent, and means of a linear fraction."""
-    return _MAP.to(device)
 
 
 def nf4_quantize(w: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +44,7 @@ def nf4_quantize(w: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.T
     n = flat.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device=w.device)
-    thresholds = _midpoints(nf4_codes(w.device)).unbind()
+    thresholds = _midpoints(_LEVELS.to(w.device)).unbind()
     for start in range(0, n, _CHUNK):
         stop = min(start + _CHUNK, n)
         x, absmax[start // blocksize : -(-stop // blocksize)] = _normalized(flat[start:stop].float(), blocksize)
@@ -75,27 +61,27 @@ def absmax_quantize(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     n = absmax.numel()
     offset = absmax.mean() if n else absmax.new_zeros(())
     x, nested_absmax = _normalized(absmax - offset, NESTED_BLOCKSIZE)
-    codes = torch.bucketize(x[:n], _midpoints(dynamic_map(absmax.device)), out_int32=True)
+    codes = torch.bucketize(x[:n], _midpoints(_MAP.to(absmax.device)), out_int32=True)
     return codes.to(torch.uint8), nested_absmax, offset
 
 
-def nf4_absmax(weight) -> torch.Tensor:
+def _nf4_absmax(weight) -> torch.Tensor:
     """float32 [blocks]: the scale of every block, nested or not."""
     if weight.absmax is not None:
         return weight.absmax.reshape(-1)
     codes = weight.absmax_codes.reshape(-1)
-    values = dynamic_map(codes.device).index_select(0, codes.int())
+    values = _MAP.to(codes.device).index_select(0, codes.int())
     return _scale(values, weight.nested_absmax, NESTED_BLOCKSIZE).add_(weight.nested_offset)
 
 
 def nf4_dequantize(weight, dtype: torch.dtype) -> torch.Tensor:
     """The n values, flat: level[code] · absmax in float32, rounded once to dtype."""
-    return _decode(weight.packed.reshape(-1), nf4_absmax(weight), weight.blocksize, weight.shape.numel(), dtype)
+    return _decode(weight.packed.reshape(-1), _nf4_absmax(weight), weight.blocksize, weight.shape.numel(), dtype)
 
 
 def _decode(packed: torch.Tensor, absmax: torch.Tensor, blocksize: int, n: int, dtype: torch.dtype) -> torch.Tensor:
     """n values from flat bytes and scales, a chunk at a time; one expression where a compiler fuses it anyway."""
-    pairs = nf4_pairs(packed.device).view(torch.int64).view(-1)
+    pairs = _PAIRS.to(packed.device)  # one look-up gives the float32 values of both nibbles
     if torch.compiler.is_compiling() or n <= _CHUNK:
         return _scale(pairs.index_select(0, packed.int()).view(torch.float32)[:n], absmax, blocksize).to(dtype)
     out = torch.empty(n, dtype=dtype, device=packed.device)

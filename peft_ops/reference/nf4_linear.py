@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .nf4 import _decode, nf4_absmax, nf4_dequantize
+from .nf4 import _decode, _nf4_absmax, nf4_dequantize
 
 _SLAB = 1 << 20  # elements
 
@@ -18,7 +18,7 @@ _SLAB = 1 << 20  # elements
 def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tensor:
     """y [M, N] = x [M, K] deq(W)ᵀ + bias, in the dtype of x."""
     N, K = weight.shape
-    packed, absmax, blocksize = weight.packed.reshape(-1), nf4_absmax(weight), weight.blocksize
+    packed, absmax, blocksize = weight.packed.reshape(-1), _nf4_absmax(weight), weight.blocksize
     bias = None if bias is None else bias.to(x.dtype)
     y = x.new_empty(x.shape[0], N)
     for rows in _slabs(N, K, blocksize):
@@ -35,7 +35,7 @@ def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
     if K % blocksize:
         return dy @ nf4_dequantize(weight, dy.dtype).view(N, K)
     blocks = K // blocksize
-    packed, absmax = weight.packed.reshape(N, blocks, blocksize // 2), nf4_absmax(weight).view(N, blocks)
+    packed, absmax = weight.packed.reshape(N, blocks, blocksize // 2), _nf4_absmax(weight).view(N, blocks)
     dx = dy.new_empty(dy.shape[0], K)
     for part in _slabs(blocks, N * blocksize, 1):
         codes, scales = packed[:, part].reshape(-1), absmax[:, part].reshape(-1)

@@ -1,0 +1,78 @@
+"""Every NF4 kernel, in every shipped configuration, compiles lean for every chip."""
+
+import pytest
+import torch
+from resources import ARCHES, assert_lean
+
+from peft_ops.kernels import configs
+from peft_ops.kernels.nf4 import _absmax_quantize_kernel, _nf4_dequantize_kernel, _nf4_quantize_kernel
+from peft_ops.kernels.nf4_linear import _nf4_linear_dx_kernel, _nf4_linear_kernel, _sum_splits_kernel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLOAT32 = ("nested_ptr", "offset_ptr", "map_ptr", "thresholds_ptr", "part_ptr")
+OPTIONS = ("num_warps", "num_stages")
+
+
+def lean(kernel, arch, config, pointers, *, dot=False, few_rows_left=False, **flags):
+    """pointers: {argument: element type} beside the float32 tables, uint8 codes and int64 pairs."""
+    constants = {**{k: v for k, v in config.items() if k not in OPTIONS}, **flags}
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            continue
+        signature[name] = (
+            f"*{pointers[name]}" if name in pointers else "*fp32" if name in FLOAT32 else "*i64" if name == "pairs_ptr"
+            else "*u8" if name.endswith("_ptr") else "i64" if name in ("n", "packed_bytes") else "i32"
+        )  # fmt: skip
+    options = {k: config[k] for k in OPTIONS if k in config}
+    tensor_core = "HMMA" if dot and arch.startswith("sm_") and few_rows_left else None
+    return assert_lean(
+        kernel, signature, constants, arch, dot=dot, tensor_core=tensor_core,
+        enable_fp_fusion=False, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize(arch, blocksize, dtype):
+    lean(_nf4_quantize_kernel, arch, configs.nf4_blocks("nf4_quantize", blocksize),
+         dict(w_ptr=dtype, absmax_ptr="fp32"), BLOCKSIZE=blocksize)  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_absmax_quantize(arch):
+    lean(_absmax_quantize_kernel, arch, configs.nf4_blocks("absmax_quantize", 256),
+         dict(absmax_ptr="fp32"), BLOCKSIZE=256)  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("blocksize", [64, 4096])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("lines", [False, True])
+def test_dequantize(arch, blocksize, dtype, nested, lines):
+    lean(_nf4_dequantize_kernel, arch, configs.nf4_blocks("nf4_dequantize", blocksize),
+         dict(out_ptr=dtype, absmax_ptr="u8" if nested else "fp32"),
+         BLOCKSIZE=blocksize, NESTED=nested, LINES=lines)  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("blocksize", [32, 64])
+@pytest.mark.parametrize(("dtype", "rows"), [("bf16", 16), ("bf16", 32), ("bf16", 64), ("fp16", 16), ("fp32", 16)])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_linear(arch, blocksize, dtype, rows, nested, backward):
+    kernel, name = (_nf4_linear_dx_kernel, "nf4_linear_dx") if backward else (_nf4_linear_kernel, "nf4_linear")
+    pointers = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr", "dy_ptr", "dx_ptr"), dtype)
+    flags = {} if backward else {"BIAS": True}
+    lean(kernel, arch, configs.nf4_linear(name, rows, arch, DTYPES[dtype]),
+         {**pointers, "absmax_ptr": "u8" if nested else "fp32"}, dot=True, few_rows_left=backward and rows < 64,
+         BLOCKSIZE=blocksize, NESTED=nested, PRECISION=configs.fp32_precision(arch), **flags)  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_sum_splits(arch, bias):
+    lean(_sum_splits_kernel, arch, dict(num_warps=4), dict(y_ptr="bf16", bias_ptr="bf16"),
+         SPLITS=8, BLOCK=512, BIAS=bias)  # fmt: skip
