@@ -1,0 +1,130 @@
+"""The command line: `peft-ops finetune | demo | check`.
+
+Exit codes: 0 done, 1 a check failed, 2 something for the user to put right (one line on stderr), 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+from .errors import InterruptedRunError, UserError, require
+
+_NEEDS = {
+    "finetune": ("transformers", "rich", "matplotlib"),
+    "demo": ("transformers", "rich", "matplotlib"),
+    "check": ("rich",),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point of `peft-ops`."""
+    args = parser().parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        require(*_NEEDS[args.command])
+        return import_module(f".{args.command}", __name__).run(args)
+    except (UserError, OSError) as error:
+        print(f"peft-ops {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except InterruptedRunError as stop:
+        print(f"peft-ops {args.command}: {stop}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command and option."""
+    from .embedded import Recipe
+
+    top = argparse.ArgumentParser(prog="peft-ops", description="Fused kernels for parameter-efficient fine-tuning.")
+    top.add_argument("--version", action="version", version=f"peft-ops {version('peft-ops')}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="finetune | demo | check")
+
+    command = commands.add_parser("finetune", help="fine-tune a causal language model")
+    command.set_defaults(recipe=Recipe())
+    _what(command)
+    _how(command)
+
+    command = commands.add_parser("demo", help="LoRA, QLoRA and full fine-tuning of a small model, side by side")
+    command.set_defaults(recipe=Recipe())
+    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of results (default: %(default)s)")
+    command.add_argument("--steps", type=_at_least(1), default=240, help="of each method (default: %(default)s)")
+    _machine(command)
+
+    command = commands.add_parser("check", help="hold every op on this machine's devices against the reference")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    command.add_argument("--device", action="append", help="only this device (may be given again)")
+    return top
+
+
+def _what(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", type=Path, metavar="DIR", help="a transformers causal LM (default: a small embedded one)")
+    add(
+        "--data",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 text, or .jsonl with the field text, or prompt and completion (default: Python's standard library)",
+    )
+    add("--method", choices=("lora", "qlora", "full"), default="lora", help="default: %(default)s")
+    add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/METHOD)")
+    add("--restart", action="store_true", help="start over where the folder holds a run, instead of going on with it")
+
+
+def _how(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--steps", type=_at_least(1), help="of the optimizer")
+    add("--batch-size", type=_at_least(1), help="sequences computed at once")
+    add("--accumulation", type=_at_least(1), default=1, help="batches per step (default: %(default)s)")
+    add("--sequence-length", type=_at_least(1), help="tokens")
+    add(
+        "--held-out",
+        type=_within(0, 0.5),
+        default=0.05,
+        help="share of the data to measure on, 64 sequences at most (default: %(default)s)",
+    )
+    add("--lr", type=_within(0, 1), help="peak learning rate")
+    add("--warmup", type=_within(0, 1), default=0.05, help="share of the steps (default: %(default)s)")
+    add("--weight-decay", type=_within(0, 1), default=0.0, help="default: %(default)s")
+    add(
+        "--clip", type=_within(0, float("inf")), default=1.0, help="largest norm of the gradient (default: %(default)s)"
+    )
+    add("--optim", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit: of bitsandbytes, on a GPU")
+    add("--r", type=_at_least(1), help="rank of the adapters (default: 16)")
+    add("--lora-alpha", type=_within(0, float("inf")), help="default: 2 r")
+    add("--lora-dropout", type=_within(0, 1), default=0.0, help="default: %(default)s")
+    add("--target-modules", nargs="+", metavar="NAME", help="default: all-linear; one NAME may be a regular expression")
+    add("--gradient-checkpointing", action="store_true", help="compute activations again instead of keeping them")
+    add("--checkpoint-every", type=_at_least(1), default=50, metavar="N", help="steps (default: %(default)s)")
+    add("--evaluate-every", type=_at_least(1), metavar="N", help="steps (default: a sixth of them)")
+    _machine(command)
+
+
+def _machine(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=_at_least(0), default=0, help="default: %(default)s")
+    command.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    command.add_argument("--dtype", choices=("fp32", "bf16"), help="to compute in (default: bf16 where it is fast)")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return value
+
+    return integer
+
+
+def _within(low: float, high: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not low <= (value := float(text)) <= high:
+            raise argparse.ArgumentTypeError(f"must be between {low:g} and {high:g}, got {text}")
+        return value
+
+    return number

@@ -1,0 +1,169 @@
+"""`peft-ops check`: every op on this machine's devices against the float64 truth of its formula."""
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from types import ModuleType
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import nf4, ops
+from ..nf4 import NF4Weight
+from ..reference import formulas
+from . import nf4_truth
+from .display import make_console
+from .files import write_json
+from .finetune import pick_device
+from .report import environment
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# (M, K, N, R): one row, a tile, prime tails, more rows than a tile.
+SHAPES = ((1, 64, 32, 1), (33, 128, 96, 4), (17, 131, 67, 3), (160, 192, 128, 16))
+_P, _SEED, _SCALING = 0.1, 7, 2.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """The worst error of one output over the shapes, relative to the norm of the truth, and what is allowed."""
+
+    device: str
+    op: str
+    output: str
+    dtype: str
+    error: float
+    bound: float
+    shape: tuple[int, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Above 1 where it fails; a NaN is the worst failure."""
+        return math.inf if math.isnan(self.error) else self.error / self.bound
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio <= 1
+
+
+def run(args: Namespace) -> int:
+    """The command; returns its exit code."""
+    console = make_console()
+    names = args.device or ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    devices = [pick_device(name) for name in names]
+    results = [result for device in devices for result in check(device)]
+    for device in devices:
+        show(console, [r for r in results if r.device == str(device)], environment(device)["device"])
+    failed = sum(not r.passed for r in results)
+    console.print(f"{len(results) - failed} of {len(results)} passed" + (f", {failed} FAILED" if failed else ""))
+    if args.json:
+        rows = [asdict(r) | {"passed": r.passed} for r in results]
+        write_json(args.json, {"devices": [environment(d) for d in devices], "results": rows})
+    return 1 if failed or not results else 0
+
+
+def check(device: torch.device) -> list[Result]:
+    """The worst result of every (op, output, dtype)."""
+    worst: dict[tuple[str, str, str], Result] = {}
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            for op, output, error, bound in _errors(device, dtype, shape):
+                result = Result(str(device), op, output, str(dtype).removeprefix("torch."), error, bound, shape)
+                key = (op, output, result.dtype)
+                if key not in worst or result.ratio > worst[key].ratio:
+                    worst[key] = result
+    return list(worst.values())
+
+
+Error = tuple[str, str, float, float]  # op, output, error, bound
+
+
+def _errors(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[Error]:
+    generator = torch.Generator().manual_seed(0)
+    M, K, N, R = shape
+
+    def randn(*size: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*size, generator=generator) * scale).to(device)
+
+    w = randn(N, K, scale=K**-0.5).to(dtype)
+    inputs = {
+        "x": randn(M, K).to(dtype), "bias": randn(N).to(dtype),
+        "a": randn(R, K, scale=K**-0.5), "b": randn(N, R, scale=R**-0.5),
+    }  # fmt: skip
+    dy = randn(M, N).to(dtype)
+    weights: dict[str, torch.Tensor | NF4Weight] = {"dense": w}
+    for name, nested in (("nf4", False), ("nf4 nested", True)):
+        packed = weights[name] = nf4.quantize(w, double_quant=nested)
+        truth = nf4_truth.decoded(packed)
+        yield f"quantize, {name}", "excess", *_round_trip(w, packed)
+        yield f"dequantize, {name}", "w", *_against(nf4.dequantize(packed), truth.to(dtype), truth)
+        yield from _compare(f"nf4_linear, {name}", _nf4_linear, packed, {k: inputs[k] for k in ("x", "bias")}, dy)
+    for name, weight in weights.items():
+        for p in (0.0, _P):
+            yield from _compare(f"lora_linear, {name}, p={p:g}", partial(_lora_linear, p), weight, inputs, dy)
+
+
+def _nf4_linear(package, weight, x, bias):
+    return package.nf4_linear(x, weight, bias)
+
+
+def _lora_linear(p, package, weight, x, bias, a, b):
+    return package.lora_linear(x, weight, bias, a, b, _SCALING, p, torch.tensor(_SEED, device=x.device))
+
+
+def _compare(
+    op: str, call: Callable[..., torch.Tensor], weight: torch.Tensor | NF4Weight, inputs: dict[str, torch.Tensor],
+    dy: torch.Tensor,
+) -> Iterator[Error]:  # fmt: skip
+    """The output of an op and the gradient of each of its inputs."""
+
+    def outputs(package: ModuleType, wide: bool) -> dict[str, torch.Tensor]:
+        leaves = {k: (t.double() if wide else t).clone().requires_grad_() for k, t in inputs.items()}
+        y = call(package, weight.double() if wide and isinstance(weight, torch.Tensor) else weight, **leaves)
+        gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+        return {"y": y.detach()} | {f"d{k}": g for k, g in zip(leaves, gradients, strict=True)}
+
+    ours, plain, exact = outputs(ops, False), outputs(formulas, False), outputs(formulas, True)
+    for name, truth in exact.items():
+        yield op, name, *_against(ours[name], plain[name], truth, times=2.0 if name == "y" else 3.0)
+
+
+def _against(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, times: float = 2.0) -> tuple[float, float]:
+    """The relative error of ours, and `times` that of plain torch in the same dtype, or the floor of the dtype."""
+    error, same_dtype = (((t.double() - truth).norm() / truth.norm()).item() for t in (ours, plain))
+    return error, max(times * same_dtype, _FLOOR[ours.dtype])
+
+
+def _round_trip(w: torch.Tensor, weight: NF4Weight) -> tuple[float, float]:
+    """By how much, relatively, NF4 leaves a larger error in w than the nearest levels do; a thousandth is allowed."""
+    candidates = nf4_truth.decoded(weight), nf4_truth.nearest(w, weight.blocksize, weight.nested)
+    error, least = ((t - w).norm().item() for t in candidates)
+    return error / least - 1, 1e-3
+
+
+def show(console: Console, results: list[Result], device: str) -> None:
+    """A table of one device: a row per output, a column per dtype."""
+    table = Table(title=f"{device}: relative error / allowed (worst of {len(SHAPES)} shapes)", title_style="bold")
+    table.add_column("op")
+    table.add_column("output")
+    dtypes = list(dict.fromkeys(r.dtype for r in results))
+    for dtype in dtypes:
+        table.add_column(dtype, justify="right", no_wrap=True)
+    rows: dict[tuple[str, str], dict[str, Result]] = {}
+    for r in results:
+        rows.setdefault((r.op, r.output), {})[r.dtype] = r
+    shown = None
+    for (op, output), row in rows.items():
+        if op != shown and shown is not None:
+            table.add_section()
+        table.add_row("" if op == shown else op, output, *(_cell(row[dtype]) for dtype in dtypes))
+        shown = op
+    console.print(table)
+
+
+def _cell(r: Result) -> str:
+    text = f"{r.error:.1e} / {r.bound:.1e}"
+    return f"{text} [green]ok[/]" if r.passed else f"{text} [bold red]FAIL {'x'.join(map(str, r.shape))}[/]"

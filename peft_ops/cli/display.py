@@ -1,0 +1,74 @@
+"""What a run shows: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .training import Observer
+
+_WIDTH = 118  # of tables where there is no terminal to ask
+_LINES = 10  # per run, where there is no terminal
+
+
+def make_console() -> Console:
+    """Standard output, wide enough for a table where it is a file or a pipe."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDTH)
+
+
+@contextmanager
+def progress(console: Console, name: str, steps: int, done: int = 0) -> Iterator[Observer]:
+    """An observer of a run that has `steps` steps, `done` of them taken."""
+    if not console.is_terminal:
+        yield Lines(console, name, steps)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[speed]}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        yield Bar(bar, name, steps, done)
+
+
+class Bar:
+    """Loss, held-out loss and tokens per second beside a rich progress bar."""
+
+    def __init__(self, bar: Progress, name: str, steps: int, done: int) -> None:
+        self._bar, self._held_out = bar, ""
+        self._task = bar.add_task(name, total=steps, completed=done, loss="", speed="")
+
+    def step(self, done: int, loss: float, tokens_per_second: float) -> None:
+        speed = f"{tokens_per_second:,.0f} tokens/s"
+        self._bar.update(self._task, completed=done, loss=f"loss {loss:.3f}{self._held_out}", speed=speed)
+
+    def held_out(self, done: int, loss: float) -> None:
+        self._held_out = f", held out {loss:.3f}"
+
+
+class Lines:
+    """A line every tenth of a run."""
+
+    def __init__(self, console: Console, name: str, steps: int) -> None:
+        self._console, self._name, self._steps = console, name, steps
+        self._started = time.perf_counter()
+
+    def step(self, done: int, loss: float, tokens_per_second: float) -> None:
+        if done == self._steps or done % max(1, self._steps // _LINES) == 0:
+            self._print(f"step {done}/{self._steps}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s")
+
+    def held_out(self, done: int, loss: float) -> None:
+        self._print(f"step {done}/{self._steps}  held-out loss {loss:.3f}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(f"{self._name}  {text}  ({time.perf_counter() - self._started:.0f} s)")

@@ -1,0 +1,191 @@
+"""`peft-ops finetune`: one method, one model, one set of data."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import save_adapter, trainable_parameters
+from . import embedded
+from .data import Split, pack, read_documents
+from .display import make_console, progress
+from .errors import UserError, as_user_error
+from .files import write_folder, write_json
+from .models import Method, load_model
+from .report import environment, loss_chart, summary
+from .run_folder import CHECKPOINT, RunFolder
+from .tokenizer import BYTE_VOCABULARY, Tokenizer
+from .training import Options, Trainer
+
+# Peak learning rates for a model of the user's (as QLoRA's paper and common practice have them) and for the small one.
+_LR = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
+EMBEDDED_LR = {"lora": 5e-3, "qlora": 5e-3, "full": 1.5e-3}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the embedded model, or a model of the user's, takes where nothing is given."""
+
+    steps: int
+    batch_size: int
+    sequence_length: int
+    r: int
+    lr: dict[str, float]
+
+
+EMBEDDED = Defaults(steps=120, batch_size=8, sequence_length=128, r=16, lr=EMBEDDED_LR)
+OWN_MODEL = Defaults(steps=200, batch_size=4, sequence_length=512, r=16, lr=_LR)
+
+
+def run(args: Namespace) -> int:
+    """The command; returns its exit code."""
+    console = make_console()
+    device, dtype = pick_device(args.device), pick_dtype(args.dtype, args.device)
+    defaults = OWN_MODEL if args.model else EMBEDDED
+    for name in ("steps", "batch_size", "sequence_length", "r"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(defaults, name))
+    args.lr = defaults.lr[args.method] if args.lr is None else args.lr
+    out = args.out or Path("runs", args.method)
+    folder = args.model or embedded_folder(args, console, device, dtype)
+    method = method_of(args)
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_model(folder, device, method.base_dtype(dtype))
+    data = load_data(args, tokenizer)
+    method.apply(model)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    count = trainable_parameters(model)
+    console.print(f"{args.method}: {count}")
+
+    options = options_of(args, dtype)
+    trainer = Trainer(model, data, options)
+    run_folder = RunFolder(out, identity(args, folder, dtype, data))
+    if args.restart:
+        (out / CHECKPOINT).unlink(missing_ok=True)
+    if run_folder.resume(trainer):
+        console.print(f"resumed from {out / CHECKPOINT} after step {trainer.done} of {args.steps}")
+    with run_folder.stopping_cleanly(), progress(console, args.method, args.steps, trainer.done) as observer:
+        trainer.observer = observer
+        trainer.run(run_folder.after_step)
+
+    saved = save_result(out, model, tokenizer, args.method)
+    unit = "byte" if tokenizer.vocabulary == BYTE_VOCABULARY else "token"
+    loss_chart(out / "loss.png", trainer.history, args.method, unit)
+    result = summary(trainer.history)
+    write_json(
+        out / "run.json",
+        {"arguments": jsonable(args), "environment": environment(device), "trainable_parameters": vars(count)}
+        | {"result": result, "history": vars(trainer.history)},
+    )
+    console.print(
+        f"held-out loss {result['held_out_before']:.3f} -> {result['held_out_after']:.3f} nats per {unit}, "
+        f"{result['seconds_per_step']:.3f} s per step\nwrote {saved}, {out / 'loss.png'}, {out / 'run.json'}"
+    )
+    return 0
+
+
+def embedded_folder(args: Namespace, console: Any, device: torch.device, dtype: torch.dtype) -> Path:
+    """The embedded base model, pre-trained where it is not in the cache."""
+
+    from contextlib import ExitStack
+
+    with ExitStack() as shown:
+        return embedded.base_model(
+            args.recipe, device, dtype,
+            lambda options: shown.enter_context(progress(console, "pre-training", options.steps)),
+        )[0]  # fmt: skip
+
+
+def method_of(args: Namespace) -> Method:
+    """The method and its adapters' settings."""
+    if args.method == "full":
+        return Method("full")
+    targets = args.target_modules
+    if targets is not None and len(targets) == 1:
+        targets = targets[0]
+    adapter = {
+        "r": args.r, "lora_alpha": args.lora_alpha or 2 * args.r, "lora_dropout": args.lora_dropout,
+        "target_modules": targets or "all-linear",
+    }  # fmt: skip
+    return Method(args.method, adapter)
+
+
+def options_of(args: Namespace, dtype: torch.dtype) -> Options:
+    return Options(
+        steps=args.steps, batch_size=args.batch_size, lr=args.lr, accumulation=args.accumulation,
+        warmup=max(1, round(args.warmup * args.steps)), weight_decay=args.weight_decay, clip=args.clip, seed=args.seed,
+        dtype=dtype, optimizer=args.optim, checkpoint_every=args.checkpoint_every,
+        evaluate_every=args.evaluate_every or max(1, args.steps // 6),
+    )  # fmt: skip
+
+
+def load_data(args: Namespace, tokenizer: Tokenizer) -> Split:
+    documents = read_documents(args.data) if args.data else embedded.python_source()
+    return pack(documents, tokenizer, args.sequence_length, args.held_out, args.seed)
+
+
+# What changes where a run is kept or shown, not what it learns.
+_INCIDENTAL = ("command", "out", "restart", "checkpoint_every", "device", "data", "recipe", "model")
+
+
+def identity(args: Namespace, folder: Path, dtype: torch.dtype, data: Split) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that was interrupted."""
+    weights = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
+    arguments = {f"--{k.replace('_', '-')}": v for k, v in jsonable(args).items() if k not in _INCIDENTAL}
+    model = f"{folder.resolve()} {weights}"
+    return arguments | {"--model": model, "--dtype": str(dtype), "--data": data.fingerprint()}
+
+
+def jsonable(args: Namespace) -> dict[str, Any]:
+    """The arguments as JSON takes them."""
+    plain = (str, int, float, type(None))
+
+    def convert(value: Any) -> Any:
+        return (
+            [convert(v) for v in value]
+            if isinstance(value, list)
+            else value
+            if isinstance(value, plain)
+            else str(value)
+        )
+
+    return {name: convert(value) for name, value in vars(args).items()}
+
+
+def save_result(out: Path, model: Any, tokenizer: Tokenizer, method: str) -> Path:
+    """The adapter, or the whole model, in the run's folder."""
+    if method != "full":
+        save_adapter(model, out / "adapter")
+        return out / "adapter"
+
+    def write(new: Path) -> None:
+        model.save_pretrained(new)
+        if tokenizer.source is not None:
+            tokenizer.source.save_pretrained(new)
+
+    write_folder(out / "model", write)
+    return out / "model"
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, or a GPU where there is one."""
+    with as_user_error("--device: "):
+        try:
+            device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as error:
+            raise UserError(f"--device {name}: expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def pick_dtype(name: str | None, device: str | None) -> torch.dtype:
+    """bf16 where the hardware multiplies it, else fp32, if nothing is asked for."""
+    if name:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    on_gpu = pick_device(device).type == "cuda"
+    fast = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32

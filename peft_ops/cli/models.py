@@ -1,0 +1,78 @@
+"""A causal language model and its tokenizer from a folder of transformers, and what a method makes of it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import LoRAConfig, QLoRAConfig, adapt
+from .errors import UserError, as_user_error
+from .tokenizer import BYTE_VOCABULARY, Tokenizer, byte_tokenizer, from_transformers
+
+METHODS = ("lora", "qlora", "full")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A fine-tuning method and the settings of its adapters (none for "full")."""
+
+    name: str
+    adapter: dict[str, Any] = field(default_factory=dict)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Adapt `model` in place, or leave all of it trainable."""
+        if self.name == "full":
+            return model
+        config = LoRAConfig if self.name == "lora" else QLoRAConfig
+        with as_user_error():
+            return adapt(model, config(task_type="CAUSAL_LM", **self.adapter))
+
+    def base_dtype(self, compute: torch.dtype) -> torch.dtype:
+        """A frozen base is held in the dtype that is computed in; weights that are trained, in float32."""
+        return torch.float32 if self.name == "full" else compute
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
+    """The model (config and safetensors) and its tokenizer; nothing is downloaded and no code of the folder is run.
+
+    Raises UserError naming the folder and what is wrong with it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file():
+        found = "it does not exist" if not folder.exists() else "it has no config.json"
+        raise UserError(f"--model {folder}: expected a folder with a transformers model, but {found}")
+    from safetensors import SafetensorError
+
+    try:
+        with as_user_error(f"--model {folder}: "):
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"--model {folder}: {error}") from error
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    model.config.use_cache = False
+    return model.to(device), tokenizer
+
+
+def load_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
+    """The folder's tokenizer; where it has none, bytes."""
+    from transformers import AutoTokenizer
+
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        with as_user_error(f"--model {folder}, tokenizer: "):
+            tokenizer = from_transformers(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    elif vocabulary >= BYTE_VOCABULARY:
+        tokenizer = byte_tokenizer()
+    else:
+        raise UserError(
+            f"--model {folder}: no tokenizer, and its vocabulary of {vocabulary} is too small for bytes "
+            f"({BYTE_VOCABULARY}); add its tokenizer.json"
+        )
+    if tokenizer.vocabulary > vocabulary:
+        raise UserError(
+            f"--model {folder}: the tokenizer has {tokenizer.vocabulary} tokens, the model a vocabulary of {vocabulary}"
+        )
+    return tokenizer

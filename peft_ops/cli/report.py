@@ -1,0 +1,85 @@
+"""What a run leaves behind: its numbers as JSON, its losses as a chart."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .files import write_file
+from .training import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = {"lora": "#0072b2", "qlora": "#d55e00", "full": "#009e73"}  # Okabe and Ito's, told apart by everyone
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Where the numbers come from."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def summary(history: History) -> dict[str, float]:
+    """The held-out loss before and after, the median time of a step."""
+    return {
+        "held_out_before": history.held_out[0][1],
+        "held_out_after": history.held_out[-1][1],
+        "seconds_per_step": median(history.seconds),
+    }
+
+
+def smoothed(values: list[float], window: int) -> list[float]:
+    """Means over `window` neighbours, fewer at the ends."""
+    half = window // 2
+    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def draw_losses(axes: Axes, history: History, label: str, color: str) -> None:
+    """The loss of every step faint, its running mean bold, the held-out losses as markers."""
+    steps = range(1, len(history.losses) + 1)
+    axes.plot(steps, history.losses, color=color, alpha=0.2, linewidth=0.8)
+    axes.plot(steps, smoothed(history.losses, max(3, len(steps) // 12)), color=color, linewidth=2, label=label)
+    axes.plot(*zip(*history.held_out, strict=True), "o", color=color, markeredgecolor="white", markersize=7)
+
+
+def label_losses(axes: Axes, unit: str) -> None:
+    """Title, axes, grid and legend of a chart of losses."""
+    axes.plot([], [], "o", color="0.4", markeredgecolor="white", markersize=7, label="held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"loss (nats per {unit})")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def figure(width: float, height: float, columns: int = 1, widths: tuple[float, ...] = (1.0,)) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes, drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(drawn)
+    return drawn, drawn.subplots(1, columns, width_ratios=widths)
+
+
+def save_figure(drawn: Any, path: Path) -> None:
+    write_file(path, lambda partial: drawn.savefig(partial, dpi=150))
+
+
+def loss_chart(path: Path, history: History, label: str, unit: str) -> None:
+    """The chart of one run."""
+    drawn, axes = figure(8, 4.5)
+    draw_losses(axes, history, label, COLORS.get(label, COLORS["lora"]))
+    label_losses(axes, unit)
+    save_figure(drawn, path)
