@@ -1,6 +1,7 @@
 """The README's Python runs as it stands, top to bottom."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,11 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert namespace["layer"].lora_B.grad.abs().sum() > 0
     assert namespace["layer"].weight.grad is None
+
+
+def test_the_example_trains(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    example = runpy.run_path(str(README.parent / "examples" / "train_qlora.py"))
+    losses = example["main"](str(tmp_path / "adapter"), steps=15)
+    assert losses[-1] < losses[0] - 0.5
+    assert "trainable" in capsys.readouterr().out

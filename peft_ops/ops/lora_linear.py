@@ -78,7 +78,7 @@ def lora_linear(
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     seed = _mask_seed(seed, x.device) if 0.0 < dropout_p < 1.0 else None
-    flat, scaling, p = x.reshape(-1, x.shape[-1]), float(scaling), float(dropout_p)
+    flat, scaling, p = x.reshape(x.shape[:-1].numel(), x.shape[-1]), float(scaling), float(dropout_p)
     dense, nf4 = (None, weight) if isinstance(weight, NF4Weight) else (weight, None)
     if functorch_active():
         y = formulas.lora_linear(flat, weight, bias, lora_a, lora_b, scaling, p, seed)

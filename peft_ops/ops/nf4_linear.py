@@ -49,6 +49,6 @@ def nf4_linear(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
         raise TypeError(f"weight must be an NF4Weight, got {type(weight).__name__}")
     x = autocast_input(x) if isinstance(x, torch.Tensor) else x
     check_linear(x, weight, bias)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = formulas.nf4_linear(flat, weight, bias) if functorch_active() else _NF4Linear.apply(flat, bias, weight)
     return y.view(*x.shape[:-1], weight.shape[0])
