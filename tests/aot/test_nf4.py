@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from resources import ARCHES, assert_lean
 
 from peft_ops.kernels import configs
 from peft_ops.kernels.nf4 import _absmax_quantize_kernel, _nf4_dequantize_kernel, _nf4_quantize_kernel
 from peft_ops.kernels.nf4_linear import _nf4_linear_dx_kernel, _nf4_linear_kernel, _sum_splits_kernel
+from resources import ARCHES, assert_lean
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLOAT32 = ("nested_ptr", "offset_ptr", "map_ptr", "thresholds_ptr", "part_ptr")
