@@ -11,7 +11,7 @@ from tiny_models import assert_same_bytes
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_ops.nn import LoRALinear
+from peft_ops.nn import LoRALinear, NF4Linear
 
 K, N, R = 24, 40, 3
 
@@ -212,6 +212,21 @@ def test_loads_onto_meta(assign):
     assert torch.equal(LoRALinear.from_linear(linear(torch.bfloat16))(x).isfinite(), torch.ones(5, N, dtype=torch.bool))
 
 
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("base", [linear, conv1d, lambda: NF4Linear(K, N)])
+def test_compiles_without_breaks(base):
+    layer = lora(base(), lora_dropout=0.3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, dy = torch.randn(5, K), torch.randn(5, N)
+
+    def gradients(run):
+        torch.manual_seed(4)
+        return torch.autograd.grad(run(x), (layer.lora_A, layer.lora_B), dy)
+
+    for actual, expected in zip(gradients(compiled), gradients(layer), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_base_checkpoints_load():
     base, layer = linear(), LoRALinear(K, N)
     result = layer.load_state_dict(base.state_dict(), strict=False)
@@ -247,6 +262,17 @@ def test_bad_arguments(kwargs, error, message):
     if "init_lora_weights" not in kwargs:
         with pytest.raises(error, match=message):
             LoRALinear(K, N, **kwargs)
+
+
+def test_an_equal_forward_of_a_subclass_is_taken():
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    base, x = FalconLinear(K, N), torch.randn(3, K)
+    layer = lora(base)
+    torch.testing.assert_close(layer(x), expected(layer, base.weight, x).float(), rtol=1e-5, atol=1e-5)
+    layer.adapter_enabled = False
+    assert torch.equal(layer(x), base(x))
+    assert type(layer.to_linear()) is FalconLinear
 
 
 class OwnForward(nn.Linear):

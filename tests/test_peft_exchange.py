@@ -315,6 +315,19 @@ def test_saving_needs_an_adapted_model(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_loading_and_merging_need_the_adapters_in_place(saved):
+    model = peft_ops.load_adapter(llama(), saved)
+    before = snapshot(model)
+    with peft_ops.adapters_disabled(model):
+        for call in (peft_ops.merge, lambda m: peft_ops.load_adapter(m, saved)):
+            with pytest.raises(ValueError, match="adapters are disabled"):
+                call(model)
+    assert_as_it_was(model, before)
+    model.model.layers[1].self_attn.v_proj.merge()
+    with pytest.raises(ValueError, match=r"merged into model.layers.1.self_attn.v_proj"):
+        peft_ops.load_adapter(model, saved)
+
+
 def test_saving_keeps_the_model(tmp_path):
     model = train_ours("bert", {"bias": "all"})
     before = snapshot(model)

@@ -11,7 +11,7 @@ from torch import nn
 from ..nn import LoRALinear, NF4Linear
 from ..nn.linear_like import dense_weight
 from ..tuning.adapt import apply
-from ..tuning.adaptation import Adaptation, adaptation_of, get_tensor, require_adaptation
+from ..tuning.adaptation import Adaptation, adaptation_of, get_tensor, require_adaptation, require_enabled
 from ..tuning.config import LoRAConfig
 from ..tuning.plan import plan
 from .files import read_json, read_safetensors, write_files
@@ -32,8 +32,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         ValueError: the model is not adapted, or its adapters are disabled at the moment.
     """
     adaptation = require_adaptation(model)
-    if adaptation.disabled:
-        raise ValueError("adapters are disabled: save outside adapters_disabled(model)")
+    require_enabled(model)
     tensors = {key: get_tensor(model, name).detach().contiguous() for key, name in _names(adaptation).items()}
     config = json.dumps(config_to_peft(adaptation.config, model), indent=2, sort_keys=True)
     write_files(
@@ -53,9 +52,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
         ValueError: a file is corrupt or cut short; keys, shapes or the config do not fit the model (all are listed); a
-            feature of PEFT that is not supported; NaN or infinite values.
+            feature of PEFT that is not supported; NaN or infinite values; adapters that are merged or disabled.
         TypeError: a field of the config has the wrong type, or the config targets a layer that is not linear.
     """
+    require_enabled(model)
+    merged = [path for path, module in model.named_modules() if isinstance(module, LoRALinear) and module.merged]
+    if merged:
+        raise ValueError(f"an adapter is merged into {_listed(merged)}: unmerge() before loading another")
     folder = Path(path)
     config = _read_config(folder / _existing(folder, CONFIG_NAME))
     file = folder / _existing(folder, WEIGHTS_NAME)

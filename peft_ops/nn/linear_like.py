@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+_SAME_FUNCTION = ("FalconLinear",)  # transformers' subclasses with a forward of their own that computes nn.Linear's
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -12,10 +13,12 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """A Conv1D, or an nn.Linear whose forward is nn.Linear's own, be it of a subclass."""
+    """A Conv1D, or an nn.Linear (a subclass too) whose forward computes what nn.Linear's does."""
     if "forward" in vars(layer):
         return False
-    return is_conv1d(layer) or (isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward)
+    kind = type(layer)
+    same = kind.forward is nn.Linear.forward or kind.__name__ in _SAME_FUNCTION
+    return is_conv1d(layer) or (isinstance(layer, nn.Linear) and same)
 
 
 def check_linear(layer: nn.Module) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ..nf4 import NF4Weight
 from ..ops import lora_linear
@@ -74,6 +73,7 @@ class LoRALinear(nn.Module):
         self.fan_in_fan_out = is_conv1d(linear)
         self._base_class = type(linear)
         self._base_attributes = {k: v for k, v in vars(linear).items() if not k.startswith("_") and k != "training"}
+        vars(self).update(self._base_attributes)
         self.register_parameter("weight", linear._parameters["weight"])
         self.register_parameter("bias", linear._parameters.get("bias"))
         self.out_features, self.in_features = self._matrix().shape
@@ -102,11 +102,7 @@ class LoRALinear(nn.Module):
         return self.weight.t() if self.fan_in_fan_out else self.weight
 
     def _base_forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert isinstance(self.weight, torch.Tensor)
-        if self.fan_in_fan_out and self.bias is not None:  # as Conv1D computes it, to the bit
-            flat = torch.addmm(self.bias, x.reshape(-1, self.in_features), self.weight)
-            return flat.view(*x.shape[:-1], self.out_features)
-        return F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
+        return self._base_class.forward(self, x)  # of weight and bias, to the bit what the replaced layer gives
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged or not self.adapter_enabled:

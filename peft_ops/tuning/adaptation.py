@@ -42,6 +42,13 @@ def require_adaptation(model: nn.Module) -> Adaptation:
     return adaptation
 
 
+def require_enabled(model: nn.Module) -> None:
+    """Raises ValueError inside adapters_disabled(model), where the model's tensors are not the adapted ones."""
+    adaptation = adaptation_of(model)
+    if adaptation is not None and adaptation.disabled:
+        raise ValueError("adapters are disabled: do this outside adapters_disabled(model)")
+
+
 def set_adaptation(model: nn.Module, adaptation: Adaptation | None) -> None:
     if adaptation is None:
         vars(model).pop(_ATTRIBUTE, None)

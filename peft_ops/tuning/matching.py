@@ -15,8 +15,10 @@ ALL_LINEAR = "all-linear"
 _HEADS = ("score", "classifier")
 
 
-def resolve_targets(model: nn.Module, config: LoRAConfig) -> Collection[str] | str:
+def resolve_targets(model: nn.Module, config: LoRAConfig, saved: list[str]) -> Collection[str] | str:
     """target_modules with None and 'all-linear' replaced by what they stand for in this model.
+
+    'all-linear' leaves out what is within the `saved` paths, where PEFT fails.
 
     Raises:
         ValueError: None, and no default for this model's type.
@@ -32,7 +34,7 @@ def resolve_targets(model: nn.Module, config: LoRAConfig) -> Collection[str] | s
         targets = DEFAULT_TARGETS[model_type]
     elif isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         heads = output_heads(model, classification=config.task_type == "SEQ_CLS")
-        targets = [path for path in linear_paths(model) if path not in heads]
+        targets = [path for path in linear_paths(model) if path not in heads and not is_within(path, saved)]
     return targets if isinstance(targets, str) else list(targets)
 
 
@@ -58,17 +60,21 @@ def target_paths(model: nn.Module, config: LoRAConfig) -> list[str]:
     raise ValueError(f"target_modules={_shown(wanted)} matches no module{layers}; {nearnames_match(model, wanted)}")
 
 
-def saved_paths(model: nn.Module, names: Iterable[str] | None) -> list[str]:
+def saved_paths(model: nn.Module, names: Collection[str], optional: Collection[str]) -> list[str]:
     """Paths that end with one of modules_to_save (PEFT compares ends of strings, not path components).
 
     Raises:
-        ValueError: names are given and none of them matches.
+        ValueError: there are names beside the optional ones, and none of all matches.
     """
-    names = list(names or ())
     paths = [path for path, _ in model.named_modules() if path and path.endswith(tuple(names))]
-    if names and not paths:
-        raise ValueError(f"modules_to_save={names} matches no module; {nearnames_match(model, names)}")
-    return [p for p in paths if not any(p.startswith(f"{outer}.") for outer in paths)]
+    if set(names) - set(optional) and not paths:
+        raise ValueError(f"modules_to_save={list(names)} matches no module; {nearnames_match(model, names)}")
+    return [path for path in paths if not is_within(path.rpartition(".")[0], paths)]
+
+
+def is_within(path: str, outer: Iterable[str]) -> bool:
+    """`path` is one of the modules `outer` or lies in one."""
+    return any(f"{path}.".startswith(f"{module}.") for module in outer)
 
 
 def linear_paths(model: nn.Module) -> list[str]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..nn import LoRALinear, NF4Linear
 from ..nn.nf4_lora_linear import NF4LoRALinear
-from .adaptation import replace_module, set_adaptation
+from .adaptation import replace_module, require_enabled, set_adaptation
 
 
 def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
@@ -18,11 +18,12 @@ def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
 
     Raises:
         ValueError: a merged weight would hold NaN or infinite values (the layer is named; the model is left as it was);
-            the model has no adapters.
+            the model has no adapters, or they are disabled.
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no adapters to merge")
+    require_enabled(model)
     for path, layer in layers.items():
         try:
             layer.merged_weight()

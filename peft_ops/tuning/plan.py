@@ -11,7 +11,7 @@ from ..nn import LoRALinear, NF4Linear
 from ..nn.linear_like import check_linear, dense_weight, is_conv1d
 from .adaptation import Adaptation, adaptation_of
 from .config import LoRAConfig, QLoRAConfig, matches_end
-from .matching import linear_paths, names_match, output_heads, resolve_targets, saved_paths, target_paths
+from .matching import is_within, linear_paths, names_match, output_heads, resolve_targets, saved_paths, target_paths
 
 _QUANTISABLE = (torch.float16, torch.bfloat16, torch.float32)
 _TASK_HEADS = {
@@ -30,10 +30,11 @@ def plan(model: nn.Module, config: LoRAConfig) -> Adaptation:
         ValueError: an adapted model; nothing matched; NaN or infinite weights to quantise.
     """
     _check_arguments(model, config)
-    names = list(config.modules_to_save or ())
-    names += [name for name in _TASK_HEADS.get(config.task_type or "", ()) if name not in names]
-    config = replace(config, target_modules=resolve_targets(model, config), modules_to_save=names or None)
-    targets, saved = target_paths(model, config), saved_paths(model, names)
+    heads = _TASK_HEADS.get(config.task_type or "", ())
+    names = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
+    saved = saved_paths(model, names, optional=heads)
+    config = replace(config, target_modules=resolve_targets(model, config, saved), modules_to_save=names or None)
+    targets = target_paths(model, config)
     for path in targets:
         _check_target(model, path, saved)
     config = replace(config, fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in targets))
@@ -72,9 +73,8 @@ def _check_target(model: nn.Module, path: str, saved: list[str]) -> None:
             f"target_modules matches {path}, whose weight its parent reads without calling the layer: "
             "an adapter there would do nothing; name it in exclude_modules"
         )
-    holder = next((s for s in saved if path == s or path.startswith(f"{s}.")), None)
-    if holder is not None:
-        raise ValueError(f"{path} is in target_modules and, as part of {holder}, in modules_to_save")
+    if is_within(path, saved):
+        raise ValueError(f"target_modules matches {path}, which modules_to_save={saved} trains whole")
 
 
 def _weight_read_by_parent(model: nn.Module, parent: str, name: str) -> bool:
@@ -93,8 +93,12 @@ def _quantizable(model: nn.Module, saved: list[str], targets: list[str]) -> list
     paths = []
     for path in linear_paths(model):
         layer, (parent, _, name) = model.get_submodule(path), path.rpartition(".")
-        kept = path in heads or any(f"{path}.".startswith(f"{s}.") for s in saved)
-        if kept or isinstance(layer, NF4Linear) or _weight_read_by_parent(model, parent, name):
+        if (
+            path in heads
+            or is_within(path, saved)
+            or isinstance(layer, NF4Linear)
+            or _weight_read_by_parent(model, parent, name)
+        ):
             continue
         if path in targets or owners[id(layer._parameters["weight"])] == 1:
             paths.append(path)
