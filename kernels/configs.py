@@ -97,11 +97,14 @@ def nf4_blocks(kernel: str, blocksize: int) -> dict[str, int]:
     return dict(BLOCKS=max(1, tile["elements"] // blocksize), num_warps=tile["num_warps"])
 
 
-NF4_LINEAR = {  # by the rows that a tile holds; W is decoded in tiles of BLOCK_N x BLOCK_K
+# By the rows that a tile holds; W is decoded in tiles of BLOCK_N x BLOCK_K. "mma": where the matrix unit takes both
+# operands from registers, so that fewer are left (sm_8x, sm_12x).
+NF4_LINEAR = {
     "nf4_linear": {
         16: dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
         32: dict(BLOCK_M=32, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
         64: dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
+        "mma": dict(BLOCK_N=64),
         "gfx": dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2),
         "fp32": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
     },
@@ -109,6 +112,7 @@ NF4_LINEAR = {  # by the rows that a tile holds; W is decoded in tiles of BLOCK_
         16: dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4),
         32: dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4),
         64: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
+        "mma": dict(BLOCK_K=64),
         "gfx": dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2),
         "fp32": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=3),
     },
@@ -125,7 +129,7 @@ def nf4_linear(kernel: str, rows: int, arch: str, dtype: torch.dtype) -> dict[st
     fit = 16 if rows <= 16 else 32 if rows <= 32 else 64
     return {
         **table[fit],
-        **(table["gfx"] if arch.startswith("gfx") else {}),
+        **table.get("gfx" if arch.startswith("gfx") else "mma" if arch.startswith(("sm_8", "sm_12")) else "", {}),
         **(table["fp32"] if dtype == torch.float32 else {}),
     }
 

@@ -25,7 +25,9 @@ def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tens
         first, last = rows.start * K, rows.stop * K
         scales = absmax[first // blocksize : -(-last // blocksize)]
         w = _decode(packed[first // 2 : (last + 1) // 2], scales, blocksize, last - first, x.dtype)
-        y[:, rows] = torch.nn.functional.linear(x, w.view(-1, K), None if bias is None else bias[rows])
+        y[:, rows] = torch.nn.functional.linear(
+            x, w.view(rows.stop - rows.start, K), None if bias is None else bias[rows]
+        )
     return y
 
 
