@@ -84,7 +84,8 @@ def markdown(results: dict, pictures: list[str]) -> str:
         "its median.",
     ]  # fmt: skip
     for op, rows in by_op(results).items():
-        lines += ["", f"## {op}", "", *table(rows, time_cell, {f"{OURS} / {FLOOR}": over_floor, "spread": spread})]
+        extra = {f"{OURS} / {FLOOR}": over_floor} if FLOOR in contenders(rows) else {}
+        lines += ["", f"## {op}", "", *table(rows, time_cell, extra | {"spread": spread})]
         for key, title in (
             ("saved_bytes", "Saved for backward beyond x and parameters, MB"),
             ("peak_bytes", "Peak memory of a step, MB"),

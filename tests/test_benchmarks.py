@@ -88,7 +88,7 @@ def test_report_shows_wins_losses_and_what_is_missing(results, tmp_path, monkeyp
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| 8×16 | 4 | p=0.1 | 2 ms | 1 ms (0.50×) | 5 ms (2.50×) | 2.00× | 10% |" in text
     assert "| 8×16 | 4 | p=0.1 | 0.07 | 0.00 | 8.50 |" in text
-    assert "| 8×16 | 4 | p=0.1 | 30 µs | – | 10% |" in text
+    assert "| 8×16 | 4 | p=0.1 | 30 µs | 10% |" in text
     assert "peft (missing)" in text
     kept = (tmp_path / "out" / "benchmark.json").read_text()
     assert "host-7" not in kept
