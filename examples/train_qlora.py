@@ -26,7 +26,7 @@ def main(folder: str = "adapter", steps: int = 40) -> list[float]:
 
     wanted = peft_ops.QLoRAConfig(
         r=8, lora_alpha=16, target_modules="all-linear",
-        modules_to_save=["embed_tokens", "lm_head"],  # the base here is untrained: its bytes are learnt with the adapter
+        modules_to_save=["embed_tokens", "lm_head"],  # this base is untrained: its bytes are learnt too
     )  # fmt: skip
     model = peft_ops.adapt(fresh(), wanted)
     print(peft_ops.trainable_parameters(model))
