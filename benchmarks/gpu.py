@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,27 +41,26 @@ def main() -> int:
     return int(any(step["status"] for step in environment["steps"]))
 
 
-def steps(out: Path, results: Path, quick: bool) -> list[tuple[str, list[str], int, Path | None]]:
-    """(name, arguments of benchmarks.tree, seconds allowed, file for standard output or None for the log)."""
+def steps(out: Path, results: Path, quick: bool) -> list[tuple[str, list[str], int]]:
+    """(name, arguments of benchmarks.tree, seconds allowed)."""
     pytest = ["pytest", "-p", "no:cacheprovider", "-q", "--color=no"]
     suite = [*pytest, "benchmarks", f"--benchmark-json={results}", "--benchmark-quiet", *(["--quick"] if quick else [])]
     return [
-        ("tests", [*pytest, "-m", "gpu", "tests", *TESTS_WITHOUT_GPU], 140, None),
-        ("check", ["peft_ops.cli:main", "check", "--json"], 60, out / "check.json"),
-        ("benchmarks", suite, 230, None),
-        ("report", ["benchmarks.report", str(results), "--out", str(out)], 30, None),
+        ("tests", [*pytest, "-m", "gpu", "tests", *TESTS_WITHOUT_GPU], 140),
+        ("check", ["peft_ops.cli:main", "check", "--json", str(out / "check.json")], 60),
+        ("benchmarks", suite, 230),
+        ("report", ["benchmarks.report", str(results), "--out", str(out)], 30),
     ]
 
 
-def run(name: str, arguments: list[str], limit_s: int, stdout: Path | None, log) -> dict:
+def run(name: str, arguments: list[str], limit_s: int, log) -> dict:
     """Runs a step in a process of its own, its output kept."""
     print(f"== {name}: {' '.join(arguments)}", file=log, flush=True)
     print(f"{name} ...", end=" ", flush=True)
     began = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.tree", *arguments]
-    with open(stdout, "w") if stdout else nullcontext(log) as sink:
-        step = subprocess.Popen(command, cwd=ROOT, stdout=sink, stderr=log, start_new_session=True)
-        status = waited(step, limit_s)
+    step = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    status = waited(step, limit_s)
     took = {"name": name, "status": status, "seconds": round(time.monotonic() - began, 1), "limit_s": limit_s}
     print(f"== {name}: status {status} after {took['seconds']} s\n", file=log, flush=True)
     print(f"status {status}, {took['seconds']} s", flush=True)

@@ -108,7 +108,7 @@ def test_kernels_are_found_in_a_bare_tree():
 
 def test_a_step_reports_its_exit_code_and_is_stopped_at_its_limit(tmp_path):
     with open(tmp_path / "log.txt", "w") as log:
-        assert gpu.run("version", ["pytest", "--version"], 60, None, log)["status"] == 0
-        assert gpu.run("missing", ["no_such_module"], 60, None, log)["status"] == 1
-        assert gpu.run("slow", ["pytest", "--version"], 0, None, log)["status"] == 124
+        assert gpu.run("version", ["pytest", "--version"], 60, log)["status"] == 0
+        assert gpu.run("missing", ["no_such_module"], 60, log)["status"] == 1
+        assert gpu.run("slow", ["pytest", "--version"], 0, log)["status"] == 124
     assert "No module named no_such_module" in (tmp_path / "log.txt").read_text()
