@@ -134,6 +134,18 @@ def test_float32_adapters_on_a_16_bit_base(dtype):
 
 
 @pytest.mark.parametrize("config", [LoRAConfig, QLoRAConfig])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_autocast(name, config):
+    model = peft_ops.adapt(BUILDERS[name](), config(**RANDOM, lora_dropout=0.1, task_type=TASKS[name]))
+    exact = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (logits(model).float() - exact).norm() < 0.05 * exact.norm()
+        model.train()(tokens(), labels=labels(model)).loss.backward()
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in adapters)
+
+
+@pytest.mark.parametrize("config", [LoRAConfig, QLoRAConfig])
 @pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_disabled_is_the_base_model(name, bias, config):
@@ -488,6 +500,7 @@ def test_what_has_no_effect_warns(fields, warning):
         ({"target_modules": 3}, TypeError, "target_modules must be a string, a list of strings or None, got 3"),
         ({"target_modules": [3]}, TypeError, r"target_modules must be .* got \[3\]"),
         ({"modules_to_save": "norm"}, TypeError, "modules_to_save must be a list of strings or None, got 'norm'"),
+        ({"modules_to_save": ["norm("]}, ValueError, r"modules_to_save 'norm\(' is not a regular expression"),
         ({"layers_to_transform": "1"}, TypeError, "layers_to_transform must be an int or a list of ints, got '1'"),
         ({"target_modules": "a", "layers_to_transform": 1}, ValueError, "layers_to_transform cannot be used"),
         ({"target_modules": "a", "layers_pattern": "h"}, ValueError, "layers_pattern cannot be used"),

@@ -1,5 +1,6 @@
 """Writing files so that an interruption leaves the previous ones, and reading them with errors that name them."""
 
+import filecmp
 import json
 import os
 import tempfile
@@ -13,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 def write_files(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
     """Write every file under a temporary name, flush all to the disk, then rename them one after another.
 
-    A file whose bytes did not change is not renamed, so where one file changes the exchange is atomic.
+    A file whose bytes did not change is not renamed, so where one file changes (a later checkpoint of a run: its config
+    stays) the exchange is atomic.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
@@ -23,7 +25,7 @@ def write_files(folder: Path, writers: dict[str, Callable[[Path], None]]) -> Non
             _flush(path)
         for name, path in written.items():
             final = folder / name
-            if not (final.is_file() and final.read_bytes() == path.read_bytes()):
+            if not (final.is_file() and filecmp.cmp(path, final, shallow=False)):
                 os.replace(path, final)
         _flush(folder)
 

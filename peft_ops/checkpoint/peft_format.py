@@ -60,8 +60,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     if merged:
         raise ValueError(f"an adapter is merged into {_listed(merged)}: unmerge() before loading another")
     folder = Path(path)
-    config = _read_config(folder / _existing(folder, CONFIG_NAME))
-    file = folder / _existing(folder, WEIGHTS_NAME)
+    config = _read_config(_existing(folder / CONFIG_NAME))
+    file = _existing(folder / WEIGHTS_NAME)
     tensors = read_safetensors(file)
     adaptation = adaptation_of(model)
     planned = adaptation is None
@@ -103,13 +103,11 @@ def _shape(model: nn.Module, adaptation: Adaptation, name: str) -> tuple[int, ..
     return (r, k) if leaf == "lora_A" else (n, r)
 
 
-def _existing(folder: Path, name: str) -> str:
-    if not (folder / name).is_file():
-        found = (
-            ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing" if folder.is_dir() else "no such folder"
-        )
-        raise FileNotFoundError(f"{folder} has no {name} (found: {found})")
-    return name
+def _existing(file: Path) -> Path:
+    if not file.is_file():
+        names = sorted(path.name for path in file.parent.iterdir()) if file.parent.is_dir() else ["no such folder"]
+        raise FileNotFoundError(f"{file.parent} has no {file.name} (found: {', '.join(names) or 'nothing'})")
+    return file
 
 
 def _read_config(file: Path) -> LoRAConfig:

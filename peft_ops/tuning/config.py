@@ -141,6 +141,9 @@ def _check_names(name: str, value) -> None:
         raise TypeError(f"{name} must be a string, a list of strings or None, got {value!r}")
     if name == "modules_to_save" and isinstance(value, str):
         raise TypeError(f"modules_to_save must be a list of strings or None, got {value!r}")
+    if name in ("modules_to_save", "layers_pattern"):  # PEFT reads the elements of these as regular expressions
+        for pattern in value or ():
+            _check_regex(name, pattern)
 
 
 def _check_pattern(name: str, value) -> None:

@@ -29,7 +29,7 @@ def resolve_targets(model: nn.Module, config: LoRAConfig, saved: list[str]) -> C
         if model_type not in DEFAULT_TARGETS:
             raise ValueError(
                 f"target_modules must be given: there is no default for model_type {model_type!r}; "
-                f"the linear layers are named {_lastnames_match(linear_paths(model))}"
+                f"the linear layers are named {', '.join(_last_names(linear_paths(model)))}"
             )
         targets = DEFAULT_TARGETS[model_type]
     elif isinstance(targets, str) and targets.lower() == ALL_LINEAR:
@@ -57,7 +57,7 @@ def target_paths(model: nn.Module, config: LoRAConfig) -> list[str]:
             f"{_shown(matched)}"
         )
     layers = "" if config.layers_to_transform is None else f" in layers {config.layers_to_transform}"
-    raise ValueError(f"target_modules={_shown(wanted)} matches no module{layers}; {nearnames_match(model, wanted)}")
+    raise ValueError(f"target_modules={_shown(wanted)} matches no module{layers}; {_near_names(model, wanted)}")
 
 
 def saved_paths(model: nn.Module, names: Collection[str], optional: Collection[str]) -> list[str]:
@@ -68,7 +68,7 @@ def saved_paths(model: nn.Module, names: Collection[str], optional: Collection[s
     """
     paths = [path for path, _ in model.named_modules() if path and path.endswith(tuple(names))]
     if set(names) - set(optional) and not paths:
-        raise ValueError(f"modules_to_save={list(names)} matches no module; {nearnames_match(model, names)}")
+        raise ValueError(f"modules_to_save={list(names)} matches no module; {_near_names(model, names)}")
     return [path for path in paths if not is_within(path.rpartition(".")[0], paths)]
 
 
@@ -92,13 +92,11 @@ def output_heads(model: nn.Module, classification: bool) -> set[str]:
     return {path for path, module in model.named_modules() if module is head}
 
 
-def nearnames_match(model: nn.Module, wanted: Iterable[str]) -> str:
-    """The names of linear layers most like those wanted, or all of them."""
-    names = sorted({path.rpartition(".")[2] for path in linear_paths(model)})
-    near = [m for name in wanted for m in difflib.get_close_matches(name.rpartition(".")[2], names, cutoff=0.5)]
-    return (
-        f"near names: {', '.join(dict.fromkeys(near))}" if near else f"the linear layers are named {', '.join(names)}"
-    )
+def names_match(names: Collection[str] | str, path: str) -> bool:
+    """A string is a regular expression for the whole path; a list has whole paths or their last components."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return path in names or any(path.endswith(f".{name}") for name in names)
 
 
 def _is_excluded(config: LoRAConfig, path: str) -> bool:
@@ -109,18 +107,10 @@ def _is_excluded(config: LoRAConfig, path: str) -> bool:
 
 def _is_target(config: LoRAConfig, path: str) -> bool:
     targets = config.target_modules
-    if targets is None or isinstance(targets, str) or path in targets:
-        return targets is not None and names_match(
-            targets, path
-        )  # a full path is a target whatever layers_to_transform says
-    return names_match(targets, path) and _in_layers(config, path)
-
-
-def names_match(names: Collection[str] | str, path: str) -> bool:
-    """A string is a regular expression for the whole path; a list has whole paths or their last components."""
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return path in names or any(path.endswith(f".{name}") for name in names)
+    if targets is None or not names_match(targets, path):
+        return False
+    whole = isinstance(targets, str) or path in targets  # then layers_to_transform has no say, as in PEFT
+    return whole or _in_layers(config, path)
 
 
 def _in_layers(config: LoRAConfig, path: str) -> bool:
@@ -133,8 +123,17 @@ def _in_layers(config: LoRAConfig, path: str) -> bool:
     return match is not None and int(match[1]) in ((layers,) if isinstance(layers, int) else layers)
 
 
-def _lastnames_match(paths: Iterable[str]) -> str:
-    return ", ".join(sorted({path.rpartition(".")[2] for path in paths})) or "(none)"
+def _near_names(model: nn.Module, wanted: Iterable[str]) -> str:
+    """The names of linear layers most like those wanted, or all of them."""
+    names = _last_names(linear_paths(model))
+    near = [m for name in wanted for m in difflib.get_close_matches(name.rpartition(".")[2], names, cutoff=0.5)]
+    if near:
+        return f"near names: {', '.join(dict.fromkeys(near))}"
+    return f"the linear layers are named {', '.join(names) or '(there are none)'}"
+
+
+def _last_names(paths: Iterable[str]) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path in paths})
 
 
 def _shown(names: list[str]) -> str:
