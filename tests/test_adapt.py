@@ -54,6 +54,7 @@ MATCHING = [
     ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"}),
     ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks", "layers"]}),
     ("llama", {"target_modules": ["q_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": [2]}),
+    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "(h|layers)"}),
     ("llama", {"target_modules": ["q_proj"], "layers_to_transform": []}),
     ("llama", {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["mlp"]}),
     ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),

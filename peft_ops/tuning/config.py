@@ -142,7 +142,7 @@ def _check_names(name: str, value) -> None:
     if name == "modules_to_save" and isinstance(value, str):
         raise TypeError(f"modules_to_save must be a list of strings or None, got {value!r}")
     if name in ("modules_to_save", "layers_pattern"):  # PEFT reads the elements of these as regular expressions
-        for pattern in value or ():
+        for pattern in [] if value is None or isinstance(value, str) else value:
             _check_regex(name, pattern)
 
 
