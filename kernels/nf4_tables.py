@@ -23,16 +23,14 @@ class Tables(NamedTuple):
     map_thresholds: torch.Tensor
 
 
-_of_device: dict[torch.device, Tables] = {}
-
-
-def nf4_tables(device: torch.device) -> Tables:
-    """The tables on a device."""
-    tables = _of_device.get(device)
-    if tables is None:
-        with torch.inference_mode(False):
-            tables = _of_device[device] = Tables(*(t.to(device) for t in _host_tables()))
-    return tables
+def _dynamic_map() -> torch.Tensor:
+    """Dettmers, "8-bit Approximations for Parallelism in Deep Learning", 2015, section 2.1."""
+    positive = []
+    for i in range(7):
+        bounds = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
+        positive.append((bounds[:-1] + bounds[1:]) / 2.0 * 10.0 ** (i - 6))
+    values = torch.cat(positive)
+    return torch.cat((values, -values, torch.tensor([0.0, 1.0], device="cpu"))).sort().values
 
 
 def _host_tables() -> Tables:
@@ -42,11 +40,17 @@ def _host_tables() -> Tables:
     return Tables(pairs, (levels[1:] + levels[:-1]) / 2, level_map, (level_map[1:] + level_map[:-1]) / 2)
 
 
-def _dynamic_map() -> torch.Tensor:
-    """Dettmers, "8-bit Approximations for Parallelism in Deep Learning", 2015, section 2.1."""
-    positive = []
-    for i in range(7):
-        bounds = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
-        positive.append((bounds[:-1] + bounds[1:]) / 2.0 * 10.0 ** (i - 6))
-    values = torch.cat(positive)
-    return torch.cat((values, -values, torch.tensor([0.0, 1.0], device="cpu"))).sort().values
+with torch.inference_mode(False):  # tables outlive the mode that the first import happens to run in
+    _HOST = _host_tables()
+_of_device: dict[torch.device, Tables] = {}
+
+
+def nf4_tables(device: torch.device) -> Tables:
+    """The tables on a device; kept, but not from inside a graph that torch.compile captures."""
+    tables = _of_device.get(device)
+    if tables is None:
+        with torch.inference_mode(False):
+            tables = Tables(*(t.to(device) for t in _HOST))
+        if not torch.compiler.is_compiling():
+            _of_device[device] = tables
+    return tables
