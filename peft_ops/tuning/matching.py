@@ -118,9 +118,9 @@ def _in_layers(config: LoRAConfig, path: str) -> bool:
     if layers is None or (not isinstance(layers, int) and not layers):
         return True
     lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in lists or ()] or [r".*?\.[^.]*\.(\d+)\."]
+    patterns = [rf"(?:^|.*?\.){name}\.(?P<index>\d+)\." for name in lists or ()] or [r".*?\.[^.]*\.(?P<index>\d+)\."]
     match = next((m for pattern in patterns if (m := re.match(pattern, path))), None)
-    return match is not None and int(match[1]) in ((layers,) if isinstance(layers, int) else layers)
+    return match is not None and int(match["index"]) in ((layers,) if isinstance(layers, int) else layers)
 
 
 def _near_names(model: nn.Module, wanted: Iterable[str]) -> str:
