@@ -1,5 +1,8 @@
 """ops.nf4_linear against its formula in float64: on the reference, on the kernels in the interpreter, on a GPU."""
 
+import os
+import warnings
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -9,6 +12,7 @@ from peft_ops import nf4
 from peft_ops.ops import nf4_linear
 from peft_ops.reference import formulas
 
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -274,3 +278,19 @@ def test_bad_input_is_named():
         nf4_linear(x, nf4.quantize(torch.zeros(64)))
     with pytest.raises(ValueError, match="weight is on meta, x on cpu"):
         nf4_linear(x, weight.to("meta"))
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.skipif(INTERPRET, reason="the interpreter cannot be traced; tests/aot captures the kernels")
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_compiles_whole_and_silently(double_quant):
+    """fullgraph, forward and backward, the same bits; no warning."""
+    x, weight, bias, dy = problem(double_quant=double_quant)
+    compiled = torch.compile(lambda x, bias: nf4_linear(x, weight, bias), backend="aot_eager", fullgraph=True)
+    plain = run(nf4_linear, x, weight, bias, dy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        ours = run(lambda x, weight, bias: compiled(x, bias), x, weight, bias, dy)
+    assert [str(w.message) for w in caught if "nf4" in str(w.message) or w.category is UserWarning] == []
+    for name in plain:
+        assert torch.equal(ours[name], plain[name]), name
