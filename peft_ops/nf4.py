@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -48,7 +49,8 @@ class NF4Weight:
 
     def to(self, device: torch.device | str) -> "NF4Weight":
         """The same bytes on another device."""
-        return replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self._tensors().items()}
+        return replace(self, **moved)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), torch.Tensor)}

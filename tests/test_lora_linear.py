@@ -10,7 +10,7 @@ from numerics import assert_as_accurate
 from peft_ops import nf4
 from peft_ops.nf4 import NF4Weight
 from peft_ops.ops import lora_linear
-from peft_ops.reference import formulas
+from peft_ops.reference import dropout, formulas
 
 NAMES = ("x", "weight", "bias", "lora_a", "lora_b")
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -398,3 +398,15 @@ class TestBadInput:
         assert isinstance(flat, NF4Weight)
         with pytest.raises(ValueError, match=r"weight must be \[out_features, in_features\], got \(72,\)"):
             self.call(weight=flat)
+
+
+def test_the_mask_is_fair_and_philox():
+    """The mean of the mask, independence of seeds, rows numbered from a start, and Philox's own test vector."""
+    keep = dropout.dropout_keep((512, 1003), 0.1, torch.tensor(3))
+    assert abs(keep.double().mean() - 0.9) < 4 * (0.09 / keep.numel()) ** 0.5
+    other = dropout.dropout_keep((512, 1003), 0.1, torch.tensor(4))
+    assert abs((keep != other).double().mean() - 0.18) < 4 * (0.1476 / keep.numel()) ** 0.5
+    assert torch.equal(keep[100:], dropout.dropout_keep((412, 1003), 0.1, torch.tensor(3), first_row=100))
+    words = dropout._philox_4x32(torch.zeros(1, dtype=torch.int64), torch.tensor(0), rounds=10)
+    assert [int(w) for w in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # Random123, kat_vectors
+    assert dropout.dropout_keep((64, 4096), 0.999999, torch.tensor(0)).double().mean() < 1e-3

@@ -55,8 +55,8 @@ def assert_lean(kernel, signature, constexprs, arch, *, dot, divisible=True, ten
     flags = " ".join(f"{key}={value}" for key, value in {**constexprs, **options}.items() if key != "stride")
     units = ", ".join(f"{op} {n}" for op, n in cost["instructions"].items())
     print(
-        f"{MARK}{arch:7} {kernel.__name__:30} {types:20} {cost['registers']:3} registers {cost['shared'] / 1024:5.0f} KiB "
-        f"{cost['spills']} spills  {units}  [{flags}]"
+        f"{MARK}{arch:7} {kernel.__name__:30} {types:20} {cost['registers']:3} registers "
+        f"{cost['shared'] / 1024:5.0f} KiB {cost['spills']} spills  {units}  [{flags}]"
     )
     assert cost["shared"] <= SHARED_LIMIT[arch], cost
     assert cost["spills"] == 0, cost
