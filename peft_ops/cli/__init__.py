@@ -19,11 +19,15 @@ _NEEDS = {
     "check": ("rich",),
 }
 
+# Of transformers and its libraries, before they are imported: no second progress bar, no warning about forks.
+_ENVIRONMENT = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of `peft-ops`."""
     args = parser().parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         require(*_NEEDS[args.command])
         return import_module(f".{args.command}", __name__).run(args)

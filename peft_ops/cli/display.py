@@ -71,4 +71,5 @@ class Lines:
         self._print(f"step {done}/{self._steps}  held-out loss {loss:.3f}")
 
     def _print(self, text: str) -> None:
-        self._console.print(f"{self._name}  {text}  ({time.perf_counter() - self._started:.0f} s)")
+        elapsed = time.perf_counter() - self._started
+        self._console.print(f"{self._name}  {text}  ({elapsed:.0f} s)", soft_wrap=True)

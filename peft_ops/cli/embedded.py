@@ -34,7 +34,7 @@ class Recipe:
     layers: int = 3
     heads: int = 4
     sequence_length: int = 128
-    steps: int = 600
+    steps: int = 450
     batch_size: int = 8
     lr: float = 4e-3
     version: int = 1

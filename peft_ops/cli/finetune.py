@@ -56,7 +56,8 @@ def run(args: Namespace) -> int:
     data = load_data(args, tokenizer)
     method.apply(model)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its old name
+        enable({"use_reentrant": False})
     count = trainable_parameters(model)
     console.print(f"{args.method}: {count}")
 
@@ -82,7 +83,8 @@ def run(args: Namespace) -> int:
     )
     console.print(
         f"held-out loss {result['held_out_before']:.3f} -> {result['held_out_after']:.3f} nats per {unit}, "
-        f"{result['seconds_per_step']:.3f} s per step\nwrote {saved}, {out / 'loss.png'}, {out / 'run.json'}"
+        f"{result['seconds_per_step']:.3f} s per step\nwrote {saved}, {out / 'loss.png'}, {out / 'run.json'}",
+        soft_wrap=True,
     )
     return 0
 

@@ -1,13 +1,14 @@
 """The checkpoint of a run, which lets it go on after an interruption as if there had been none."""
 
-import os
-import pickle
 import signal
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 
@@ -80,9 +81,13 @@ class RunFolder:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
+        with ZipFile(file) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged is not None:
+            raise BadZipFile(f"wrong checksum of {damaged}")
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).split(os.linesep)[0]
+    except (BadZipFile, RuntimeError, UnpicklingError, zlib.error) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(f"{file} is corrupt or truncated ({reason}); --restart starts over") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise UserError(f"{file} is not a checkpoint of this version of peft-ops; --restart starts over")
