@@ -152,16 +152,18 @@ def _decode_into(out: torch.Tensor, weight, first_block: int, line_blocks: int |
         row_blocks = weight.shape[-1] // blocksize if line_blocks else 1
         with device_guard(out):
             _nf4_dequantize_kernel[(triton.cdiv(n, blocksize * config["BLOCKS"]),)](
-                weight.packed, *_scale_arguments(weight), nf4_tables(out.device).pairs, out,
+                *_weight_arguments(weight), out,
                 n, (n + 1) // 2, first_block, line_blocks or 1, row_blocks, BLOCKSIZE=blocksize,
                 NESTED=weight.absmax is None, LINES=line_blocks is not None, enable_fp_fusion=False, **config,
             )  # fmt: skip
     return out
 
 
-def _scale_arguments(weight) -> tuple[torch.Tensor, ...]:
-    """(absmax or its codes, nested_absmax, nested_offset, map) of `_nf4_scale`; three are read only where nested."""
+def _weight_arguments(weight) -> tuple[torch.Tensor, ...]:
+    """(packed, absmax or its codes, nested_absmax, nested_offset, map, pairs): three are read only where nested."""
+    tables, packed = nf4_tables(weight.packed.device), weight.packed.contiguous()
     if weight.absmax is not None:
-        return (weight.absmax,) * 4
-    level_map = nf4_tables(weight.packed.device).map
-    return weight.absmax_codes, weight.nested_absmax, weight.nested_offset, level_map
+        absmax = weight.absmax.contiguous()
+        return packed, absmax, absmax, absmax, absmax, tables.pairs
+    nested_absmax, codes = weight.nested_absmax.contiguous(), weight.absmax_codes.contiguous()
+    return packed, codes, nested_absmax, weight.nested_offset, tables.map, tables.pairs

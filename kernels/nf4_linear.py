@@ -14,8 +14,7 @@ import triton.language as tl
 
 from . import configs
 from .launch import device_guard
-from .nf4 import _decode_into, _nf4_pair, _nf4_scale, _scale_arguments
-from .nf4_tables import nf4_tables
+from .nf4 import _decode_into, _nf4_pair, _nf4_scale, _weight_arguments
 
 
 @triton.jit
@@ -126,7 +125,7 @@ def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tens
     bias_ptr = x if bias is None else bias.contiguous()
     with device_guard(x):
         _nf4_linear_kernel[(*grid, splits)](
-            x, weight.packed, *_scale_arguments(weight), nf4_tables(x.device).pairs, bias_ptr, y,
+            x, *_weight_arguments(weight), bias_ptr, y,
             M, N, K, x.stride(0), split_k, BLOCKSIZE=weight.blocksize, NESTED=weight.absmax is None,
             BIAS=bias is not None and splits == 1, PRECISION=configs.fp32_precision(arch), enable_fp_fusion=False,
             **config,
@@ -147,7 +146,7 @@ def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
     dx = dy.new_empty(M, K) if splits == 1 else dy.new_empty(splits, M, K, dtype=torch.float32)
     with device_guard(dy):
         _nf4_linear_dx_kernel[(*grid, splits)](
-            dy, weight.packed, *_scale_arguments(weight), nf4_tables(dy.device).pairs, dx,
+            dy, *_weight_arguments(weight), dx,
             M, N, K, dy.stride(0), split_n, BLOCKSIZE=weight.blocksize, NESTED=weight.absmax is None,
             PRECISION=configs.fp32_precision(arch), enable_fp_fusion=False, **config,
         )  # fmt: skip

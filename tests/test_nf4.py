@@ -253,3 +253,15 @@ def test_reads_what_bitsandbytes_writes(double_quant, dtype):
     nested = (absmax, state.state2.absmax, state.offset) if double_quant else ()
     weight = NF4Weight(packed.view(96, 320), None if double_quant else absmax, 64, w.shape, dtype, *nested)
     assert torch.equal(nf4.dequantize(weight), functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_parts_with_strides(device, double_quant):
+    """A slice of columns of the packed bytes and of their scales is not contiguous, and read as it lies."""
+    weight = nf4.quantize(torch.randn(6, 256, device=device), 64, double_quant)
+    scales = weight.absmax_codes if double_quant else weight.absmax
+    wide = torch.cat((weight.packed, weight.packed), dim=1)[:, :128], torch.cat((scales, scales), dim=1)[:, :4]
+    nested = (wide[1], weight.nested_absmax, weight.nested_offset) if double_quant else ()
+    strided = NF4Weight(wide[0], None if double_quant else wide[1], 64, weight.shape, weight.dtype, *nested)
+    assert not strided.packed.is_contiguous()
+    assert torch.equal(nf4.dequantize(strided), nf4.dequantize(weight))
