@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"peft-ops {args.command}: {stop}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
+        print(f"peft-ops {args.command}: interrupted", file=sys.stderr)
         return 130
 
 

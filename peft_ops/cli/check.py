@@ -15,9 +15,9 @@ from .. import nf4, ops
 from ..nf4 import NF4Weight
 from ..reference import formulas
 from . import nf4_truth
+from .device import pick_device
 from .display import make_console
 from .files import write_json
-from .finetune import pick_device
 from .report import environment
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

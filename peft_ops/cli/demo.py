@@ -12,16 +12,15 @@ from rich.table import Table
 from .. import trainable_parameters
 from . import embedded
 from .data import Split, batch, pack
+from .device import pick_device, pick_dtype
 from .display import make_console, progress
 from .files import write_json
-from .finetune import EMBEDDED, EMBEDDED_LR, embedded_folder, pick_device, pick_dtype
+from .finetune import EMBEDDED, EMBEDDED_LR, embedded_folder
 from .measure import base_bits, saved_for_backward
 from .models import METHODS, Method, load_model
-from .report import COLORS, draw_losses, environment, figure, label_losses, save_figure, summary
+from .report import LOOKS, draw_losses, environment, figure, label_losses, save_figure, smoothed, summary
 from .tokenizer import byte_tokenizer
 from .training import History, Options, Trainer
-
-_NAMES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ def train(
     adapter = {} if name == "full" else {"r": EMBEDDED.r, "lora_alpha": 2 * EMBEDDED.r, "target_modules": "all-linear"}
     method = Method(name, adapter)
     torch.manual_seed(args.seed)
-    model, _ = load_model(folder, device, method.base_dtype(dtype))
-    method.apply(model)
+    model, _ = load_model(folder, method.base_dtype(dtype))
+    method.apply(model).to(device)
     options = Options(
         steps=args.steps, batch_size=EMBEDDED.batch_size, lr=EMBEDDED_LR[name], seed=args.seed, dtype=dtype,
         warmup=max(1, args.steps // 20), evaluate_every=max(1, args.steps // 6),
@@ -86,7 +85,7 @@ def table(outcomes: list[Outcome], steps: int) -> Table:
         shown.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for o in outcomes:
         shown.add_row(
-            _NAMES[o.method], f"{o.trainable:,}", f"{o.share:.2%}", f"{o.saved_bytes / 1e6:.1f} MB",
+            LOOKS[o.method].name, f"{o.trainable:,}", f"{o.share:.2%}", f"{o.saved_bytes / 1e6:.1f} MB",
             f"{o.base_bits:.2f}", f"{1e3 * o.seconds_per_step:.0f} ms", f"{o.held_out_before:.3f}",
             f"{o.held_out_after:.3f}",
         )  # fmt: skip
@@ -97,14 +96,18 @@ def chart(path: Path, outcomes: list[Outcome]) -> None:
     """The three loss curves, and what each method keeps in memory beside its weights."""
     drawn, (losses, memory) = figure(11, 4.8, columns=2, widths=(2.4, 1.0))
     for o in outcomes:
-        draw_losses(losses, o.history, _NAMES[o.method], COLORS[o.method])
-    losses.set_title("Fine-tuning on Python source: loss")
+        draw_losses(losses, o.history, o.method)
+    losses.set_title("Fine-tuning on Python source (faint: every step, bold: running mean)")
     label_losses(losses, "byte")
-    lowest = min(min(o.history.losses) for o in outcomes)
-    losses.set_ylim(lowest - 0.1, max(o.held_out_before for o in outcomes) + 0.4)
+    shown = [
+        loss for o in outcomes for loss in (*smoothed(o.history.losses), *(loss for _, loss in o.history.held_out))
+    ]
+    losses.set_ylim(min(shown) - 0.2, max(shown) + 0.2)
 
     megabytes: list[Any] = [o.saved_bytes / 1e6 for o in outcomes]
-    bars = memory.bar([_NAMES[o.method] for o in outcomes], megabytes, color=[COLORS[o.method] for o in outcomes])
+    bars = memory.bar(
+        [LOOKS[o.method].name for o in outcomes], megabytes, color=[LOOKS[o.method].color for o in outcomes]
+    )
     memory.bar_label(bars, fmt="%.1f", padding=2)
     memory.set_title("Saved for backward")
     memory.set_ylabel("MB per batch, parameters excluded")

@@ -1,6 +1,7 @@
 """`peft-ops finetune`: one method, one model, one set of data."""
 
 from argparse import Namespace
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from .. import save_adapter, trainable_parameters
 from . import embedded
 from .data import Split, pack, read_documents
+from .device import pick_device, pick_dtype
 from .display import make_console, progress
-from .errors import UserError, as_user_error
+from .errors import UserError
 from .files import write_folder, write_json
 from .models import Method, load_model
 from .report import environment, loss_chart, summary
@@ -52,9 +54,10 @@ def run(args: Namespace) -> int:
     folder = args.model or embedded_folder(args, console, device, dtype)
     method = method_of(args)
     torch.manual_seed(args.seed)
-    model, tokenizer = load_model(folder, device, method.base_dtype(dtype))
+    model, tokenizer = load_model(folder, method.base_dtype(dtype))
+    check_length(model, args.sequence_length)
     data = load_data(args, tokenizer)
-    method.apply(model)
+    method.apply(model).to(device)
     if args.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its old name
         enable({"use_reentrant": False})
@@ -91,9 +94,6 @@ def run(args: Namespace) -> int:
 
 def embedded_folder(args: Namespace, console: Any, device: torch.device, dtype: torch.dtype) -> Path:
     """The embedded base model, pre-trained where it is not in the cache."""
-
-    from contextlib import ExitStack
-
     with ExitStack() as shown:
         return embedded.base_model(
             args.recipe, device, dtype,
@@ -108,8 +108,9 @@ def method_of(args: Namespace) -> Method:
     targets = args.target_modules
     if targets is not None and len(targets) == 1:
         targets = targets[0]
+    alpha = 2 * args.r if args.lora_alpha is None else args.lora_alpha
     adapter = {
-        "r": args.r, "lora_alpha": args.lora_alpha or 2 * args.r, "lora_dropout": args.lora_dropout,
+        "r": args.r, "lora_alpha": alpha, "lora_dropout": args.lora_dropout,
         "target_modules": targets or "all-linear",
     }  # fmt: skip
     return Method(args.method, adapter)
@@ -124,13 +125,20 @@ def options_of(args: Namespace, dtype: torch.dtype) -> Options:
     )  # fmt: skip
 
 
+def check_length(model: Any, length: int) -> None:
+    """Raises UserError where the model has no positions for so many tokens."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise UserError(f"--sequence-length {length}: the model takes {most} tokens at most")
+
+
 def load_data(args: Namespace, tokenizer: Tokenizer) -> Split:
     documents = read_documents(args.data) if args.data else embedded.python_source()
     return pack(documents, tokenizer, args.sequence_length, args.held_out, args.seed)
 
 
 # What changes where a run is kept or shown, not what it learns.
-_INCIDENTAL = ("command", "out", "restart", "checkpoint_every", "device", "data", "recipe", "model")
+_INCIDENTAL = ("command", "out", "restart", "checkpoint_every", "evaluate_every", "device", "data", "recipe", "model")
 
 
 def identity(args: Namespace, folder: Path, dtype: torch.dtype, data: Split) -> dict[str, Any]:
@@ -170,24 +178,3 @@ def save_result(out: Path, model: Any, tokenizer: Tokenizer, method: str) -> Pat
 
     write_folder(out / "model", write)
     return out / "model"
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or a GPU where there is one."""
-    with as_user_error("--device: "):
-        try:
-            device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except RuntimeError as error:
-            raise UserError(f"--device {name}: expected cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
-    return device
-
-
-def pick_dtype(name: str | None, device: str | None) -> torch.dtype:
-    """bf16 where the hardware multiplies it, else fp32, if nothing is asked for."""
-    if name:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-    on_gpu = pick_device(device).type == "cuda"
-    fast = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.bfloat16 if fast else torch.float32

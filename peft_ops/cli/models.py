@@ -35,8 +35,8 @@ class Method:
         return torch.float32 if self.name == "full" else compute
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
-    """The model (config and safetensors) and its tokenizer; nothing is downloaded and no code of the folder is run.
+def load_model(folder: Path, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
+    """The model (config and safetensors), on the CPU, and its tokenizer; nothing is downloaded, no code there is run.
 
     Raises UserError naming the folder and what is wrong with it.
     """
@@ -53,8 +53,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"--model {folder}: {error}") from error
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    model.config.use_cache = False
-    return model.to(device), tokenizer
+    return model, tokenizer
 
 
 def load_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:

@@ -29,4 +29,8 @@ def from_transformers(source: Any) -> Tokenizer:
     added = source("").input_ids
     start = [source.bos_token_id] if source.bos_token_id is not None and added[:1] == [source.bos_token_id] else []
     end = [] if source.eos_token_id is None else [source.eos_token_id]
-    return Tokenizer(lambda text: source(text, add_special_tokens=False).input_ids, start, end, len(source), source)
+
+    def encode(text: str) -> list[int]:
+        return source(text, add_special_tokens=False, verbose=False).input_ids  # no warning about the length: it is cut
+
+    return Tokenizer(encode, start, end, len(source), source)
