@@ -84,7 +84,7 @@ def _what(command: argparse.ArgumentParser) -> None:
 
 def _how(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--steps", type=_at_least(1), help="of the optimizer (default: 120; 200 with --model)")
+    add("--steps", type=_at_least(1), help="of the optimizer (default: 240; 200 with --model)")
     add("--batch-size", type=_at_least(1), help="sequences computed at once (default: 8; 4 with --model)")
     add("--accumulation", type=_at_least(1), default=1, help="batches per step (default: %(default)s)")
     add("--sequence-length", type=_at_least(1), help="in tokens (default: 128; 512 with --model)")
@@ -97,7 +97,7 @@ def _how(command: argparse.ArgumentParser) -> None:
     add(
         "--lr",
         type=_within(0, 1),
-        help="peak learning rate (default: by method; with --model 2e-4 for adapters, 2e-5 for full)",
+        help="peak learning rate (default: by method; with --model 2e-4, full 2e-5)",
     )
     add("--warmup", type=_within(0, 1), default=0.05, help="share of the steps (default: %(default)s)")
     add("--weight-decay", type=_within(0, 1), default=0.0, help="default: %(default)s")
@@ -105,7 +105,7 @@ def _how(command: argparse.ArgumentParser) -> None:
         "--clip", type=_within(0, float("inf")), default=1.0, help="largest norm of the gradient (default: %(default)s)"
     )
     add("--optim", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit: of bitsandbytes, on a GPU")
-    add("--r", type=_at_least(1), help="rank of the adapters (default: 16)")
+    add("--r", type=_at_least(1), help="rank of the adapters (default: 8; 16 with --model)")
     add("--lora-alpha", type=_within(0, float("inf")), help="default: 2 r")
     add("--lora-dropout", type=_within(0, 1), default=0.0, help="default: %(default)s")
     add("--target-modules", nargs="+", metavar="NAME", help="default: all-linear; one NAME may be a regular expression")

@@ -23,7 +23,7 @@ from .training import Options, Trainer
 
 # Peak learning rates for a model of the user's (as QLoRA's paper and common practice have them) and for the small one.
 _LR = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
-EMBEDDED_LR = {"lora": 5e-3, "qlora": 5e-3, "full": 1.5e-3}
+EMBEDDED_LR = {"lora": 7e-3, "qlora": 7e-3, "full": 2.5e-3}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Defaults:
     lr: dict[str, float]
 
 
-EMBEDDED = Defaults(steps=120, batch_size=8, sequence_length=128, r=16, lr=EMBEDDED_LR)
+EMBEDDED = Defaults(steps=240, batch_size=8, sequence_length=128, r=8, lr=EMBEDDED_LR)
 OWN_MODEL = Defaults(steps=200, batch_size=4, sequence_length=512, r=16, lr=_LR)
 
 
