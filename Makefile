@@ -4,6 +4,7 @@ VENV ?= .venv
 OUT ?= runs
 BIN := $(VENV)/bin
 WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 KERNEL_TESTS := $(wildcard tests/test_nf4.py tests/test_nf4_linear.py tests/test_lora_linear.py) tests/interpret
 
 .PHONY: demo test lint torch interpret aot bench gpu lock clean
@@ -19,18 +20,19 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 torch: $(VENV)/.ready  ## the plain-PyTorch path: ops, layers, methods, checkpoints, command line, benchmarks once
-	$(BIN)/python -m pytest tests -n $(WORKERS) --ignore tests/interpret --ignore tests/aot -m "not gpu"
+	$(PYTEST) tests --ignore tests/interpret --ignore tests/aot -m "not gpu"
+	$(BIN)/python -m pytest benchmarks --benchmark-disable
 
 interpret: $(VENV)/.ready  ## the Triton kernels on CPU tensors, held against the reference
-	TRITON_INTERPRET=1 PEFT_OPS_BACKEND=peft_ops.kernels \
-		$(BIN)/python -m pytest $(KERNEL_TESTS) -n $(WORKERS) -m "not gpu"
+	TRITON_INTERPRET=1 PEFT_OPS_BACKEND=peft_ops.kernels $(PYTEST) $(KERNEL_TESTS) -m "not gpu"
 
 aot: $(VENV)/.ready  ## every kernel and configuration compiled for every chip
-	$(BIN)/python -m pytest tests/aot -n $(WORKERS)
+	$(PYTEST) tests/aot
 
-bench: $(VENV)/.ready  ## the benchmark suite on this machine, with its peers
+bench: $(VENV)/.ready  ## the benchmark suite on this machine, with its peers, into benchmarks/results/<device>
+	mkdir -p $(OUT)
 	$(BIN)/python -m pytest benchmarks --benchmark-json=$(OUT)/benchmark.json
-	$(BIN)/python -m benchmarks.report $(OUT)/benchmark.json --out $(OUT)
+	$(BIN)/python -m benchmarks.report $(OUT)/benchmark.json
 
 gpu:  ## everything that needs a GPU, with the Python, torch and triton that are there; no network, no set-up
 	$(PYTHON) -m benchmarks.gpu --out $(OUT)/gpu

@@ -16,7 +16,7 @@ ALLOWED = {
     "nn": {"ops", "nf4"},
     "ops": {"nf4", "_backend", "reference"},
     "nf4": {"_backend"},
-    "_backend": set(),
+    "_backend": {"reference"},
     "reference": set(),
 }
 

@@ -1,6 +1,7 @@
 """ops.lora_linear against its formula in float64: on the reference, on the kernels in the interpreter, on a GPU."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -392,6 +393,13 @@ class TestBadInput:
     def test_dropout_outside_its_range(self, p):
         with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\], got"):
             self.call(p=p)
+
+    def test_nf4_weight_with_too_few_bytes(self):
+        whole = nf4.quantize(torch.randn(37, 72))
+        with pytest.raises(ValueError, match=r"needs 1332 packed bytes and 42 scales, got packed \(1331,\)"):
+            self.call(weight=replace(whole, packed=whole.packed.flatten()[:-1]))
+        with pytest.raises(ValueError, match=r"needs 1332 packed bytes and 42 scales, .* absmax \(41,\)"):
+            self.call(weight=replace(whole, absmax=whole.absmax[:-1]))
 
     def test_nf4_weight_of_one_dimension(self):
         flat = nf4.quantize(torch.randn(72))

@@ -21,6 +21,8 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor | NF4Weight, bias: torch.
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if not isinstance(weight, torch.Tensor | NF4Weight):
         raise TypeError(f"weight must be a tensor or an NF4Weight, got {type(weight).__name__}")
+    if isinstance(weight, NF4Weight):
+        _check_bytes(weight)
     if len(weight.shape) != 2:
         raise ValueError(f"weight must be [out_features, in_features], got {tuple(weight.shape)}")
     n, k = weight.shape
@@ -31,6 +33,19 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor | NF4Weight, bias: torch.
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias must be [{n}] to fit weight {(n, k)}, got {tuple(bias.shape)}")
     check_device(x, weight=weight.packed if isinstance(weight, NF4Weight) else weight, bias=bias)
+
+
+def _check_bytes(weight: NF4Weight) -> None:
+    """The stored tensors hold what the shape needs: a kernel would read behind the end of shorter ones."""
+    n = weight.shape.numel()
+    blocks = -(-n // weight.blocksize)
+    scales = weight.absmax if weight.absmax is not None else weight.absmax_codes
+    if weight.packed.numel() != (n + 1) // 2 or scales is None or scales.numel() != blocks:
+        given = tuple(weight.packed.shape), None if scales is None else tuple(scales.shape)
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)} needs {(n + 1) // 2} packed bytes and {blocks} scales, "
+            f"got packed {given[0]} and absmax {given[1]}"
+        )
 
 
 def check_adapter(x: torch.Tensor, weight: torch.Tensor | NF4Weight, a: torch.Tensor, b: torch.Tensor) -> None:
