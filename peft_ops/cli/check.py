@@ -162,8 +162,12 @@ def show(console: Console, results: list[Result], device: str) -> None:
         table.add_row("" if op == shown else op, output, *(_cell(row[dtype]) for dtype in dtypes))
         shown = op
     console.print(table)
+    for r in results:
+        if not r.passed:
+            m, k, n, rank = r.shape
+            console.print(f"[bold red]FAIL[/] {r.op}: {r.output} in {r.dtype} at M={m}, K={k}, N={n}, r={rank}")
 
 
 def _cell(r: Result) -> str:
     text = f"{r.error:.1e} / {r.bound:.1e}"
-    return f"{text} [green]ok[/]" if r.passed else f"{text} [bold red]FAIL {'x'.join(map(str, r.shape))}[/]"
+    return f"{text} [green]ok[/]" if r.passed else f"{text} [bold red]FAIL[/]"
