@@ -87,7 +87,7 @@ def _how(command: argparse.ArgumentParser) -> None:
     add("--steps", type=_at_least(1), help="of the optimizer (default: 240; 200 with --model)")
     add("--batch-size", type=_at_least(1), help="sequences computed at once (default: 8; 4 with --model)")
     add("--accumulation", type=_at_least(1), default=1, help="batches per step (default: %(default)s)")
-    add("--sequence-length", type=_at_least(1), help="in tokens (default: 128; 512 with --model)")
+    add("--sequence-length", type=_at_least(1), help="in tokens (default: 128; with --model 512, or what it takes)")
     add(
         "--held-out",
         type=_within(0, 0.5),

@@ -47,7 +47,7 @@ def run(args: Namespace) -> int:
     outcomes = [train(name, folder, data, args, device, dtype, console) for name in METHODS]
     console.print(table(outcomes, args.steps))
     chart(args.out / "demo.png", outcomes)
-    results = {"environment": environment(device) | {"dtype": str(dtype)}, "methods": [asdict(o) for o in outcomes]}
+    results = {"environment": environment(device, dtype), "methods": [asdict(o) for o in outcomes]}
     write_json(args.out / "demo.json", results)
     console.print(f"wrote {args.out / 'demo.png'} and {args.out / 'demo.json'}", soft_wrap=True)
     return 0

@@ -23,7 +23,7 @@ from .training import Options, Trainer
 
 # Peak learning rates for a model of the user's (as QLoRA's paper and common practice have them) and for the small one.
 _LR = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
-EMBEDDED_LR = {"lora": 7e-3, "qlora": 7e-3, "full": 2.5e-3}
+EMBEDDED_LR = {"lora": 5e-3, "qlora": 5e-3, "full": 1.5e-3}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def run(args: Namespace) -> int:
     console = make_console()
     device, dtype = pick_device(args.device), pick_dtype(args.dtype, args.device)
     defaults = OWN_MODEL if args.model else EMBEDDED
-    for name in ("steps", "batch_size", "sequence_length", "r"):
+    for name in ("steps", "batch_size", "r"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(defaults, name))
     args.lr = defaults.lr[args.method] if args.lr is None else args.lr
@@ -55,7 +55,7 @@ def run(args: Namespace) -> int:
     method = method_of(args)
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(folder, method.base_dtype(dtype))
-    check_length(model, args.sequence_length)
+    args.sequence_length = sequence_length(model, args.sequence_length, defaults.sequence_length)
     data = load_data(args, tokenizer)
     method.apply(model).to(device)
     if args.gradient_checkpointing:
@@ -81,7 +81,7 @@ def run(args: Namespace) -> int:
     result = summary(trainer.history)
     write_json(
         out / "run.json",
-        {"arguments": jsonable(args), "environment": environment(device), "trainable_parameters": vars(count)}
+        {"arguments": jsonable(args), "environment": environment(device, dtype), "trainable_parameters": vars(count)}
         | {"result": result, "history": vars(trainer.history)},
     )
     console.print(
@@ -125,11 +125,12 @@ def options_of(args: Namespace, dtype: torch.dtype) -> Options:
     )  # fmt: skip
 
 
-def check_length(model: Any, length: int) -> None:
-    """Raises UserError where the model has no positions for so many tokens."""
-    most = getattr(model.config, "max_position_embeddings", None)
-    if most is not None and length > most:
-        raise UserError(f"--sequence-length {length}: the model takes {most} tokens at most")
+def sequence_length(model: Any, given: int | None, default: int) -> int:
+    """What is given, or the default as far as the model has positions; UserError where what is given has more."""
+    most = getattr(model.config, "max_position_embeddings", None) or given or default
+    if given is not None and given > most:
+        raise UserError(f"--sequence-length {given}: the model takes {most} tokens at most")
+    return given or min(default, most)
 
 
 def load_data(args: Namespace, tokenizer: Tokenizer) -> Split:

@@ -36,15 +36,15 @@ LOOKS = {
 }
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Where the numbers come from."""
+def environment(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """Where the numbers come from; dtype: what was computed in, where that was one."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.machine()}",
-    }
+    } | ({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")})
 
 
 def summary(history: History) -> dict[str, float]:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from peft_ops.cli import errors
+from peft_ops.cli.finetune import sequence_length
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,10 @@ def test_a_missing_package_is_named(finetune, monkeypatch, capsys):
     monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "matplotlib" else SimpleNamespace())
     assert finetune() == 2
     assert "needs matplotlib: pip install 'peft-ops[cli]'" in capsys.readouterr().err
+
+
+def test_the_default_sequence_length_is_what_the_model_takes():
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
+    assert sequence_length(model, None, 512) == 64
+    assert sequence_length(model, 16, 512) == 16
+    assert sequence_length(SimpleNamespace(config=SimpleNamespace()), None, 512) == 512
