@@ -23,7 +23,7 @@ from .training import Options, Trainer
 
 # Peak learning rates for a model of the user's (as QLoRA's paper and common practice have them) and for the small one.
 _LR = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
-EMBEDDED_LR = {"lora": 5e-3, "qlora": 5e-3, "full": 1.5e-3}
+EMBEDDED_LR = {"lora": 7e-3, "qlora": 7e-3, "full": 1.5e-3}
 
 
 @dataclass(frozen=True)
