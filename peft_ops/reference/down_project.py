@@ -7,7 +7,7 @@ with the mask of `dropout_keep(seed)`; seed is a 0-dim int64 tensor, or None whe
 import torch
 
 from .dropout import dropout
-from .rows import chunks, wide_dtype
+from .rows import wide_dtype, widened
 
 
 def down_project(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
@@ -15,14 +15,16 @@ def down_project(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor 
     wide = wide_dtype(x, a)
     s = x.new_empty(x.shape[0], a.shape[0], dtype=wide)
     at = a.to(wide).t()
-    for rows in chunks(x):
-        s[rows] = dropout(x[rows].to(wide), p, seed, rows.start) @ at
+    for rows, part in widened(x, wide):
+        torch.mm(dropout(part, p, seed, rows.start), at, out=s[rows])
     return s
 
 
 def down_project_da(ds: torch.Tensor, x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
     """da [R, K] = dsᵀ drop(x); one pass over x."""
     da = ds.new_zeros(ds.shape[1], x.shape[1])
-    for rows in chunks(x):
-        da.addmm_(ds[rows].t(), dropout(x[rows].to(ds.dtype), p, seed, rows.start))
+    for rows, part in widened(x, ds.dtype):
+        da.addmm_(
+            ds[rows].t().contiguous(), dropout(part, p, seed, rows.start)
+        )  # a transposed view takes twice as long
     return da
