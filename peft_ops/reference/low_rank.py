@@ -32,5 +32,5 @@ def low_rank_gradients(
     for rows, part in widened(dy, wide):
         torch.mm(part, b, out=ds[rows])
         if s is not None:
-            dbt.addmm_(s[rows].t().contiguous(), part, alpha=scaling)  # a transposed view takes twice as long
+            dbt.addmm_(s[rows].t().contiguous(), part, alpha=scaling)  # a view would take twice as long
     return ds, None if s is None else dbt.t()
