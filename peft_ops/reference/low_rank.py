@@ -6,7 +6,7 @@ y, dy [M, N]; s = the down-projected input [M, R]; b = lora_B [N, R]; sums are f
 import torch
 
 from .dropout import dropout
-from .rows import chunks, wide_dtype, widened
+from .rows import ProductSum, chunks, wide_dtype, widened
 
 
 def low_rank_update_(
@@ -28,9 +28,9 @@ def low_rank_gradients(
     wide = wide_dtype(dy, b)
     b = b.to(wide) * scaling
     ds = dy.new_empty(dy.shape[0], b.shape[1], dtype=wide)
-    dbt = ds.new_zeros(b.shape[1], b.shape[0])
+    dbt = ProductSum(dy, b.shape[1], b.shape[0], wide)
     for rows, part in widened(dy, wide):
         torch.mm(part, b, out=ds[rows])
         if s is not None:
-            dbt.addmm_(s[rows].t().contiguous(), part, alpha=scaling)  # a view would take twice as long
-    return ds, None if s is None else dbt.t()
+            dbt.add(s[rows], part)
+    return ds, None if s is None else dbt.total().mul_(scaling).t()
