@@ -12,7 +12,7 @@ from . import configs
 from .launch import device_guard, dropout_arguments
 from .low_rank import low_rank_update_
 from .nf4_linear import nf4_linear, nf4_linear_dx
-from .tiles import dropout_keep, grouped_order
+from .tiles import grouped_order, low_rank_tile
 
 
 @triton.jit
@@ -28,16 +28,10 @@ def _linear_low_rank_kernel(
     block_m, block_n = grouped_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, R, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        s = tl.load(s_ptr + m[:, None] * stride_sm + r[None, :],
-                    mask=(m[:, None] < M) & (r[None, :] < R), other=0.0)  # fmt: skip
-        b = tl.load(b_ptr + n[None, :] * stride_bn + r[:, None] * stride_br,
-                    mask=(n[None, :] < N) & (r[:, None] < R), other=0.0)  # fmt: skip
-        acc = tl.dot(s * scale, b.to(tl.float32), acc, input_precision=PRECISION)
-    if DROPOUT:
-        acc = tl.where(dropout_keep(tl.load(seed_ptr), m, block_n * BLOCK_N, N, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
+    acc = low_rank_tile(
+        s_ptr, b_ptr, seed_ptr, m, block_n * BLOCK_N, M, N, R, stride_sm, stride_bn, stride_br, scale, threshold,
+        BLOCK_M, BLOCK_N, BLOCK_R, DROPOUT, PRECISION,
+    )  # fmt: skip
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + m[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk,

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from . import configs
 from .launch import device_guard, dropout_arguments
-from .tiles import dropout_keep, mixed_dot
+from .tiles import low_rank_tile, mixed_dot
 
 
 @triton.jit
@@ -22,20 +22,13 @@ def _low_rank_update_kernel(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_n = tl.program_id(1) * BLOCK_N
     n = first_n + tl.arange(0, BLOCK_N)
+    term = low_rank_tile(
+        s_ptr, b_ptr, seed_ptr, m, first_n, M, N, R, stride_sm, stride_bn, stride_br, scale, threshold,
+        BLOCK_M, BLOCK_N, BLOCK_R, DROPOUT, PRECISION,
+    )  # fmt: skip
     inside = (m[:, None] < M) & (n[None, :] < N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, R, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        s = tl.load(s_ptr + m[:, None] * stride_sm + r[None, :],
-                    mask=(m[:, None] < M) & (r[None, :] < R), other=0.0)  # fmt: skip
-        b = tl.load(b_ptr + n[None, :] * stride_bn + r[:, None] * stride_br,
-                    mask=(n[None, :] < N) & (r[:, None] < R), other=0.0)  # fmt: skip
-        acc = tl.dot(s, b.to(tl.float32), acc, input_precision=PRECISION)
-    if DROPOUT:
-        keep = dropout_keep(tl.load(seed_ptr), m, first_n, N, threshold, BLOCK_M, BLOCK_N)
-        acc = tl.where(keep, acc, 0.0)
     y_tile = y_ptr + m[:, None] * stride_ym + n[None, :].to(tl.int64) * stride_yn
-    y = tl.load(y_tile, mask=inside, other=0.0).to(tl.float32) + acc * scale
+    y = tl.load(y_tile, mask=inside, other=0.0).to(tl.float32) + term
     tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 

@@ -18,7 +18,7 @@ def dropout_keep(seed, rows, first_col, K, threshold, BLOCK_M: tl.constexpr, BLO
     """bool [BLOCK_M, BLOCK_K]: which elements of a tile of an [M, K] tensor are kept.
 
     rows: int64 [BLOCK_M]; the tile's columns start at first_col, a multiple of 8. Eight neighbours in a row share one
-    Philox call of 7 rounds: 16 bits each, kept where bits >= threshold = round(p * 2**16).
+    Philox call of 7 rounds: 16 bits each, kept where bits >= threshold (peft_ops.reference.dropout).
     """
     octet = first_col // 8 + tl.arange(0, BLOCK_K // 8)
     counter = rows[:, None] * tl.cdiv(K, 8) + octet[None, :]
@@ -50,4 +50,25 @@ def mixed_dot(x, w, acc, PRECISION: tl.constexpr):
             acc = tl.dot(x, (rest - middle.to(tl.float32)).to(x.dtype), acc)
         else:  # float16 would lose the rest among its subnormals
             acc += tl.dot(x, (rest * 2048.0).to(x.dtype)) * (1.0 / 2048.0)
+    return acc
+
+
+@triton.jit
+def low_rank_tile(
+    s_ptr, b_ptr, seed_ptr, m, first_n, M, N, R, stride_sm, stride_bn, stride_br, scale, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of scale · keep ∘ (s [M, R] b [N, R]ᵀ), float32: rows m (int64), BLOCK_N columns from first_n."""
+    n = first_n + tl.arange(0, BLOCK_N).to(tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        s = tl.load(s_ptr + m[:, None] * stride_sm + r[None, :],
+                    mask=(m[:, None] < M) & (r[None, :] < R), other=0.0)  # fmt: skip
+        b = tl.load(b_ptr + n[None, :] * stride_bn + r[:, None] * stride_br,
+                    mask=(n[None, :] < N) & (r[:, None] < R), other=0.0)  # fmt: skip
+        acc = tl.dot(s * scale, b.to(tl.float32), acc, input_precision=PRECISION)
+    if DROPOUT:
+        acc = tl.where(dropout_keep(tl.load(seed_ptr), m, first_n, N, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
     return acc
