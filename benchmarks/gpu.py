@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,9 +45,10 @@ def main() -> int:
 def steps(out: Path, results: Path, quick: bool) -> list[tuple[str, list[str], int]]:
     """(name, arguments of benchmarks.tree, seconds allowed)."""
     pytest = ["pytest", "-p", "no:cacheprovider", "-q", "--color=no"]
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []  # most of the time is compilation
     suite = [*pytest, "benchmarks", f"--benchmark-json={results}", "--benchmark-quiet", *(["--quick"] if quick else [])]
     return [
-        ("tests", [*pytest, "-m", "gpu", "tests", *TESTS_WITHOUT_GPU], 140),
+        ("tests", [*pytest, *workers, "-m", "gpu", "tests", *TESTS_WITHOUT_GPU], 140),
         ("check", ["peft_ops.cli:main", "check", "--json", str(out / "check.json")], 60),
         ("benchmarks", suite, 230),
         ("report", ["benchmarks.report", str(results), "--out", str(out)], 30),
