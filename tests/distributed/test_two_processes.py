@@ -1,4 +1,4 @@
-"""Case 42: DDP and FSDP2 over two processes give the gradients of one. gloo, on CPUs."""
+"""Case 42: DDP and FSDP2 over two processes give the gradients of one; 37: a DTensor is refused. gloo, on CPUs."""
 
 import copy
 import os
@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import peft_ops
@@ -58,6 +59,9 @@ def one_of_two(rank, folder, wrap, method, size):
             torch.testing.assert_close(full(parameters[name].grad), expected.grad, msg=lambda m, n=name: f"{n}: {m}")
         else:
             assert torch.equal(full(parameters[name]), expected), name
+    sharded = distribute_tensor(torch.ones(4, 32), init_device_mesh("cpu", (2,)), [Shard(0)])
+    with pytest.raises(TypeError, match="x is a DTensor; kernels take local tensors"):
+        peft_ops.ops.lora_linear(sharded, torch.ones(8, 32), None, torch.ones(2, 32), torch.ones(8, 2), 1.0)
     dist.barrier()
     os._exit(0)  # tearing gloo down beside a process that has left already can wait for ever
 
