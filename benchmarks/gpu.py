@@ -49,8 +49,8 @@ def steps(out: Path, results: Path, quick: bool) -> list[tuple[str, list[str], i
     suite = [*pytest, "benchmarks", f"--benchmark-json={results}", "--benchmark-quiet", *(["--quick"] if quick else [])]
     return [
         ("tests", [*pytest, *workers, "-m", "gpu", "tests", *TESTS_WITHOUT_GPU], 140),
-        ("check", ["peft_ops.cli:main", "check", "--json", str(out / "check.json")], 60),
-        ("benchmarks", suite, 230),
+        ("check", ["peft_ops.cli:main", "check", "--json", str(out / "check.json")], 50),
+        ("benchmarks", suite, 200),
         ("report", ["benchmarks.report", str(results), "--out", str(out)], 30),
     ]
 

@@ -20,8 +20,13 @@ class _Kernels:
         return util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
 
 
-def main() -> None:
+def map_kernels() -> None:
+    """Make peft_ops.kernels importable in this process."""
     sys.meta_path.insert(0, _Kernels)
+
+
+def main() -> None:
+    map_kernels()
     sys.path.insert(0, str(ROOT))
     module, _, function = sys.argv[1].partition(":")
     sys.argv = [module, *sys.argv[2:]]

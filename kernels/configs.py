@@ -1,8 +1,8 @@
 """Launch configurations per kernel and architecture, and the choices between kernels.
 
-A kernel looks up its device's architecture, then that family's, then the default: a GPU that nobody has measured gets
-the nearest entry, never an error. Sizes fit the smallest shared memory of a family (99 KiB on NVIDIA, 64 KiB on AMD).
-Everything here is a design value until `benchmarks/results/<gpu>/` holds a measurement behind it.
+A kernel looks up its device's architecture (16-bit operands), then the family's, then the default: a GPU that nobody
+has measured gets the nearest entry, never an error. Sizes fit the smallest shared memory of a family (99 KiB on NVIDIA,
+64 KiB on AMD). Everything here is a design value until `benchmarks/results/<gpu>/` holds a measurement behind it.
 """
 
 import torch
@@ -54,8 +54,11 @@ def arch_of(device: torch.device) -> str:
 def launch(kernel: str, arch: str, dtype: torch.dtype) -> dict[str, int]:
     """Block sizes, num_warps and num_stages of a kernel for operands of `dtype` on an architecture."""
     table = LAUNCH[kernel]
-    family = "gfx" if arch.startswith("gfx") else "fp32" if dtype == torch.float32 else "default"
-    return table.get(arch) or table.get(family) or table["default"]
+    amd = arch.startswith("gfx")
+    for key in (arch, "gfx") if amd else ("fp32",) if dtype == torch.float32 else (arch,):
+        if key in table:
+            return table[key]
+    return table["default"]
 
 
 def fp32_precision(arch: str) -> str:

@@ -5,9 +5,15 @@ The same op tests run three ways: on the reference (`pytest tests`), on the Trit
 """
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
+
+if find_spec("peft_ops.kernels") is None:  # the bare tree of `make gpu`, in a worker process of its own
+    from benchmarks.tree import map_kernels
+
+    map_kernels()
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 

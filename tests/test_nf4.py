@@ -68,7 +68,7 @@ def test_codes_are_the_nearest_levels(device):
     """Independent of thresholds: no level is nearer, in float64, than the one chosen."""
     w = torch.randn(40, 64)
     weight = nf4.quantize(w.to(device)).to("cpu")
-    distance = lambda value: (w.double() / weight.absmax.double() - value).abs()  # noqa: E731
+    distance = lambda value: (w.double() / weight.absmax.double() - value).abs()
     levels = torch.tensor(reference.NF4_LEVELS, dtype=torch.float64)
     nearest = distance(levels[:, None, None]).amin(0)
     chosen = distance(nf4.dequantize(weight, torch.float64) / weight.absmax.double())

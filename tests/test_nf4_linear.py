@@ -42,7 +42,7 @@ def rounded_formula(dtype):
 
 
 def assert_accurate(x, weight, bias, dy):
-    double = lambda t: None if t is None else t.detach().double().requires_grad_()  # noqa: E731
+    double = lambda t: None if t is None else t.detach().double().requires_grad_()
     ours = run(nf4_linear, x, weight, bias, dy)
     same_dtype = run(formulas.nf4_linear, x, weight, bias, dy)
     exact = run(rounded_formula(x.dtype), double(x), weight, double(bias), dy.double())
