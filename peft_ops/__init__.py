@@ -9,5 +9,6 @@ from .tuning import LoRAConfig as LoRAConfig
 from .tuning import QLoRAConfig as QLoRAConfig
 from .tuning import adapt as adapt
 from .tuning import adapters_disabled as adapters_disabled
+from .tuning import eject as eject
 from .tuning import merge as merge
 from .tuning import trainable_parameters as trainable_parameters

@@ -296,7 +296,7 @@ def test_an_interrupted_save_leaves_the_previous_one(fails, saved, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        owner = {"save_file": peft_ops.checkpoint.peft_format, "_flush": files, "replace": os}[fails]
+        owner = os if fails == "replace" else files
         patch.setattr(owner, fails, interrupted)
         with pytest.raises(KeyboardInterrupt):
             peft_ops.save_adapter(model, saved)

@@ -57,8 +57,25 @@ def bert() -> torch.nn.Module:
     return _seeded(transformers.BertForSequenceClassification, config)
 
 
+def t5() -> torch.nn.Module:
+    """Sequence to sequence: three kinds of attention, relative positions, no biases, an untied head."""
+    config = transformers.T5Config(
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        initializer_factor=2.0,
+        decoder_start_token_id=0,
+        tie_word_embeddings=False,
+    )
+    return _seeded(transformers.T5ForConditionalGeneration, config)
+
+
 BUILDERS = {"llama": llama, "gpt2": gpt2, "bert": bert}
-TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS"}
+TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 def _seeded(cls, config) -> torch.nn.Module:

@@ -6,9 +6,11 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 
 def write_files(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
@@ -36,6 +38,22 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def tensor_writer(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
+    """Writes them as safetensors, as PEFT does; every tensor gets storage of its own."""
+    own = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    return lambda file: save_file(own, file, metadata={"format": "pt"})
+
+
+def json_writer(value: dict[str, Any]) -> Callable[[Path], None]:
+    """Writes it as JSON with sorted keys: the same value gives the same bytes."""
+    text = json.dumps(value, indent=2, sort_keys=True)
+
+    def write(file: Path) -> None:
+        file.write_text(text, encoding="utf-8")
+
+    return write
 
 
 def read_json(path: Path) -> dict:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..tuning.config import UNSUPPORTED, LoRAConfig
+from ..tuning.lora_config import UNSUPPORTED, LoRAConfig
 
 _PEFT_VERSION = "0.21.2"  # whose format this is
 # Initialisations that draw the adapter only; others (pissa, olora, corda, loftq, lora_ga) also change the base weights.

@@ -1,8 +1,9 @@
 """The fine-tuning methods: a config and what it does to a model."""
 
 from .adapt import adapt as adapt
-from .config import LoRAConfig as LoRAConfig
-from .config import QLoRAConfig as QLoRAConfig
 from .counts import trainable_parameters as trainable_parameters
+from .lora_config import LoRAConfig as LoRAConfig
+from .lora_config import QLoRAConfig as QLoRAConfig
+from .merge import eject as eject
 from .merge import merge as merge
 from .switch import adapters_disabled as adapters_disabled

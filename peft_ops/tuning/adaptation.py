@@ -1,30 +1,103 @@
-"""What `adapt` did to a model: one object on it, which copies and pickles with it."""
+"""What a method does to one model: found by reading it, then carried out, then kept on it.
 
+The life of an Adaptation: `plan` (reads the model, raises all that can be wrong) -> `install` (puts modules in;
+cannot fail) -> kept at the root of the model, where it copies and pickles with it. Methods subclass it, one to a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from .config import LoRAConfig
+from .config import MethodConfig
+from .trained import get_tensor, set_tensor, trainable_copy
 
 _ATTRIBUTE = "_peft_ops"
 
 
 @dataclass
 class Adaptation:
-    """config: as resolved for the model (target_modules and modules_to_save written out).
-    targets: paths of the LoRA layers. quantize: paths of the layers put into NF4 (among them most targets).
-    trained: names of the parameters and buffers that are trained whole or with their module: biases, modules_to_save.
+    """The base of every method.
+
+    config: as resolved for the model (names and paths written out).
+    trained: names of tensors of the base that are trained whole: heads, biases, modules_to_save. Where `originals` are
+        kept, copies of them are trained.
     originals: what stood at those names before (a tied tensor itself, not a copy); while `disabled`, the two are
         exchanged.
     """
 
-    config: LoRAConfig
-    targets: list[str]
-    quantize: list[str]
-    trained: list[str]
+    method: ClassVar[str] = ""  # for messages
+    config: Any  # of the method's own class, a MethodConfig
+    trained: list[str] = field(default_factory=list)
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
     disabled: bool = False
+
+    @classmethod
+    def plan(cls, model: nn.Module, config: MethodConfig) -> Adaptation:
+        """What `install` will do; the model is only read. Raises TypeError or ValueError for all that can be wrong."""
+        raise NotImplementedError
+
+    def install(self, model: nn.Module) -> None:
+        """Put the method into a frozen model. Every check was made by `plan`."""
+
+    def off(self, model: nn.Module) -> AbstractContextManager[None]:
+        """While it is entered, what `install` put in does nothing and the model computes as before it."""
+        return nullcontext()
+
+    def merge(self, model: nn.Module, requantize: bool) -> None:
+        """Take the method out of the model, folded into plain weights.
+
+        Raises:
+            ValueError: it cannot be expressed in them.
+        """
+        raise ValueError(f"{self.method} adds to what the model computes and cannot be merged into its weights")
+
+    def eject(self, model: nn.Module) -> None:
+        """Drop what only training needs, such as a prompt encoder, and keep what it computes.
+
+        Raises:
+            ValueError: there is nothing of the kind.
+        """
+        raise ValueError(f"{self.method} has no part that only training needs: there is nothing to eject")
+
+    def shapes(self, model: nn.Module) -> dict[str, torch.Size]:
+        """Name and shape of every tensor that is trained, in an adapted model or in one still to be adapted."""
+        return {name: get_tensor(model, name).shape for name in self.trained}
+
+    @contextmanager
+    def switched_off(self, model: nn.Module) -> Iterator[None]:
+        """The base model for a while; nests."""
+        if self.disabled:
+            yield
+            return
+        with self.off(model):
+            self._exchange(model)
+            try:
+                yield
+            finally:
+                self._exchange(model)
+
+    def start_training(self, model: nn.Module) -> None:
+        """Put trainable copies in the place of the `trained` tensors."""
+        for name in self.trained:
+            original = self.originals[name] = get_tensor(model, name)
+            set_tensor(model, name, trainable_copy(original))
+
+    def _exchange(self, model: nn.Module) -> None:
+        """Trained tensors and their originals change places; the latter are moved to where the former are."""
+        for name, kept in self.originals.items():
+            current = get_tensor(model, name)
+            if (kept.device, kept.dtype) != (current.device, current.dtype):
+                moved = kept.detach().to(current.device, current.dtype)
+                kept = nn.Parameter(moved, requires_grad=False) if isinstance(kept, nn.Parameter) else moved
+            set_tensor(model, name, kept)
+            self.originals[name] = current
+        self.disabled = not self.disabled
 
 
 def adaptation_of(model: nn.Module) -> Adaptation | None:
@@ -54,29 +127,3 @@ def set_adaptation(model: nn.Module, adaptation: Adaptation | None) -> None:
         vars(model).pop(_ATTRIBUTE, None)
     else:
         vars(model)[_ATTRIBUTE] = adaptation
-
-
-def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the parameter, buffer or child `name`, and its name there."""
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
-
-
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Puts `new` where the module at `path` is, with the forward and backward hooks that users hung on that."""
-    hooks = ("_forward", "_backward", "_is_full_backward")
-    vars(new).update({k: v for k, v in vars(model.get_submodule(path)).items() if k.startswith(hooks)})
-    parent, name = owner(model, path)
-    setattr(parent, name, new)
-
-
-def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """The parameter or buffer called `name`."""
-    module, leaf = owner(model, name)
-    return getattr(module, leaf)
-
-
-def set_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Puts `tensor` in the place of the parameter or buffer called `name`."""
-    module, leaf = owner(model, name)
-    setattr(module, leaf, tensor)

@@ -1,126 +1,40 @@
-"""What to adapt and how: the fields of Hugging Face PEFT's LoraConfig, with its defaults."""
+"""What every method's config has, and the checks that configs share."""
 
-import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
-
-from ..nf4 import BLOCKSIZES
-from ..nn.lora_linear import check_adapter_arguments
+from dataclasses import dataclass
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-# Fields of PEFT that change what a layer computes and that are not supported: refused where set, never ignored.
-UNSUPPORTED = (
-    "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "use_qalora",
-    "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
-    "megatron_config", "ensure_weight_tying",
-)  # fmt: skip
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
-    """LoRA for `adapt`; every field means what it means in PEFT.
+class MethodConfig:
+    """The base of every config that `adapt` takes; frozen, compared by value, named as in Hugging Face PEFT.
 
-    r, lora_alpha, lora_dropout: rank, alpha (scaling is alpha / r), dropout of x on its way into lora_A.
-    target_modules: names matched exactly or as the last components of a module's path; or a regular expression that
-        matches the whole path; or 'all-linear' (every nn.Linear and Conv1D but the output head); None takes the
-        default of the model's `config.model_type`.
-    exclude_modules: the same forms; wins over target_modules.
-    rank_pattern, alpha_pattern: {regular expression of a path's end: value}; the first that matches wins.
-    layers_to_transform, layers_pattern: index or indices of the layers to adapt, and the name of the list they are in.
-    use_rslora: scaling is alpha / sqrt(r).
-    bias: which biases are trained: 'none', 'all', or 'lora_only' (those of the adapted layers).
-    fan_in_fan_out: taken from the layers (True for Conv1D); here for PEFT's sake.
-    init_lora_weights: True (A as nn.Linear's weight, B zero), 'gaussian' (A from N(0, 1/r²)), or False (B not zero).
-    modules_to_save: modules trained whole and saved with the adapter; sequence and token classification add
+    modules_to_save: modules trained whole and saved with what the method adds; sequence and token classification add
         'classifier' and 'score', question answering 'qa_outputs'.
     task_type: one of PEFT's task types or None.
 
     Raises:
-        TypeError, ValueError: a value that no adapter can have; a field of PEFT's that is not supported and is set.
+        TypeError, ValueError: values of the wrong type, an unknown task type.
     """
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    target_modules: Collection[str] | str | None = None
-    exclude_modules: Collection[str] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    layers_to_transform: Collection[int] | int | None = None
-    layers_pattern: Collection[str] | str | None = None
-    use_rslora: bool = False
-    bias: str = "none"
-    fan_in_fan_out: bool = False
-    init_lora_weights: bool | str = True
     modules_to_save: Collection[str] | None = None
     task_type: str | None = None
-    use_dora: bool = False
-    lora_bias: bool = False
-    target_parameters: Collection[str] | None = None
-    trainable_token_indices: Collection[int] | dict | None = None
-    layer_replication: Collection | None = None
 
     def __post_init__(self) -> None:
-        check_adapter_arguments(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
-        for name in UNSUPPORTED:
-            if getattr(self, name, None):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not supported; leave it unset")
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-            _check_names(name, getattr(self, name))
-        _check_pattern("rank_pattern", self.rank_pattern)
-        _check_pattern("alpha_pattern", self.alpha_pattern)
-        for key, r in self.rank_pattern.items():
-            _named(f"rank_pattern[{key!r}]", check_adapter_arguments, r, 1, 0.0)
-        for key, alpha in self.alpha_pattern.items():
-            _named(f"alpha_pattern[{key!r}]", check_adapter_arguments, 1, alpha, 0.0)
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save must be a list of strings or None, got {self.modules_to_save!r}")
+        check_names("modules_to_save", self.modules_to_save)
+        for pattern in self.modules_to_save or ():  # PEFT reads them as regular expressions
+            check_regex("modules_to_save", pattern)
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ValueError(f"task_type must be None or one of {', '.join(TASK_TYPES)}, got {self.task_type!r}")
-        self._check_layers()
-
-    def _check_layers(self) -> None:
-        layers = self.layers_to_transform
-        indices = () if layers is None else (layers,) if isinstance(layers, int) else layers
-        if not isinstance(indices, Collection) or not all(isinstance(i, int) for i in indices):
-            raise TypeError(f"layers_to_transform must be an int or a list of ints, got {layers!r}")
-        for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise ValueError(f"{name} cannot be used where target_modules is a string")
-        if self.layers_pattern and layers is None:
-            raise ValueError("layers_pattern needs layers_to_transform")
-
-    def rank(self, path: str) -> int:
-        """r of the layer at `path`."""
-        return _by_pattern(self.rank_pattern, path, self.r)
-
-    def alpha(self, path: str) -> float:
-        """lora_alpha of the layer at `path`."""
-        return _by_pattern(self.alpha_pattern, path, self.lora_alpha)
-
-    def scaling(self, path: str) -> float:
-        """What multiplies B A at `path`."""
-        return self.alpha(path) / (math.sqrt(self.rank(path)) if self.use_rslora else self.rank(path))
-
-
-@dataclass(frozen=True)
-class QLoRAConfig(LoRAConfig):
-    """LoRA over a base whose linear layers, all but the output head, are quantised to NF4.
-
-    blocksize: weights per scale, a power of two from 32 to 4096.
-    double_quant: keep the scales in 8 bits too.
-
-    Source: Dettmers et al., "QLoRA", 2023.
-    """
-
-    blocksize: int = 64
-    double_quant: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.blocksize not in BLOCKSIZES:
-            raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {self.blocksize!r}")
 
 
 def matches_end(pattern: str, path: str) -> bool:
@@ -128,40 +42,40 @@ def matches_end(pattern: str, path: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
-def _by_pattern(patterns: dict, path: str, default):
-    return next((value for pattern, value in patterns.items() if matches_end(pattern, path)), default)
-
-
-def _check_names(name: str, value) -> None:
+def check_names(name: str, value) -> None:
+    """None, a regular expression, or a collection of strings."""
     if isinstance(value, str):
-        _check_regex(name, value)
+        check_regex(name, value)
     elif value is not None and not (
         isinstance(value, Collection) and not isinstance(value, dict) and all(isinstance(v, str) for v in value)
     ):
         raise TypeError(f"{name} must be a string, a list of strings or None, got {value!r}")
-    if name == "modules_to_save" and isinstance(value, str):
-        raise TypeError(f"modules_to_save must be a list of strings or None, got {value!r}")
-    if name in ("modules_to_save", "layers_pattern"):  # PEFT reads the elements of these as regular expressions
-        for pattern in [] if value is None or isinstance(value, str) else value:
-            _check_regex(name, pattern)
 
 
-def _check_pattern(name: str, value) -> None:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise TypeError(f"{name} must be a dict from regular expressions to numbers, got {value!r}")
-    for key in value:
-        _check_regex(name, key)
-
-
-def _check_regex(name: str, pattern: str) -> None:
+def check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{name} {pattern!r} is not a regular expression: {error}") from error
 
 
-def _named(name: str, check, *args) -> None:
-    try:
-        check(*args)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
+def check_count(name: str, value, least: int = 1) -> None:
+    """An int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_probability(name: str, value) -> None:
+    """A number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def check_choice(name: str, value, choices: Collection) -> None:
+    """One of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -8,8 +8,8 @@ from torch import nn
 
 from ..nn import NF4Linear
 from ..nn.linear_like import is_linear
-from .config import LoRAConfig
 from .default_targets import DEFAULT_TARGETS
+from .lora_config import LoRAConfig
 
 ALL_LINEAR = "all-linear"
 _HEADS = ("score", "classifier")
@@ -57,19 +57,7 @@ def target_paths(model: nn.Module, config: LoRAConfig) -> list[str]:
             f"{_shown(matched)}"
         )
     layers = "" if config.layers_to_transform is None else f" in layers {config.layers_to_transform}"
-    raise ValueError(f"target_modules={_shown(wanted)} matches no module{layers}; {_near_names(model, wanted)}")
-
-
-def saved_paths(model: nn.Module, names: Collection[str], optional: Collection[str]) -> list[str]:
-    """Paths that end with one of modules_to_save (PEFT compares ends of strings, not path components).
-
-    Raises:
-        ValueError: there are names beside the optional ones, and none of all matches.
-    """
-    paths = [path for path, _ in model.named_modules() if path and path.endswith(tuple(names))]
-    if set(names) - set(optional) and not paths:
-        raise ValueError(f"modules_to_save={list(names)} matches no module; {_near_names(model, names)}")
-    return [path for path in paths if not is_within(path.rpartition(".")[0], paths)]
+    raise ValueError(f"target_modules={_shown(wanted)} matches no module{layers}; {near_names(model, wanted)}")
 
 
 def is_within(path: str, outer: Iterable[str]) -> bool:
@@ -123,7 +111,7 @@ def _in_layers(config: LoRAConfig, path: str) -> bool:
     return match is not None and int(match["index"]) in ((layers,) if isinstance(layers, int) else layers)
 
 
-def _near_names(model: nn.Module, wanted: Iterable[str]) -> str:
+def near_names(model: nn.Module, wanted: Iterable[str]) -> str:
     """The names of linear layers most like those wanted, or all of them."""
     names = _last_names(linear_paths(model))
     near = [m for name in wanted for m in difflib.get_close_matches(name.rpartition(".")[2], names, cutoff=0.5)]

@@ -1,38 +1,32 @@
-"""Everything that can be wrong with an adaptation is found here, before a model is touched."""
+"""Everything that can be wrong with LoRA on a model is found here, before the model is touched."""
 
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..nn import LoRALinear, NF4Linear
+from ..nn import NF4Linear
 from ..nn.linear_like import check_linear, dense_weight, is_conv1d
-from .adaptation import Adaptation, adaptation_of
-from .config import LoRAConfig, QLoRAConfig, matches_end
-from .matching import is_within, linear_paths, names_match, output_heads, resolve_targets, saved_paths, target_paths
+from .config import matches_end
+from .lora_config import LoRAConfig, QLoRAConfig
+from .matching import is_within, linear_paths, names_match, output_heads, resolve_targets, target_paths
+from .trained import saved_modules, tensors_within
 
 _QUANTISABLE = (torch.float16, torch.bfloat16, torch.float32)
-_TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
-def plan(model: nn.Module, config: LoRAConfig) -> Adaptation:
-    """What adapt(model, config) will do; the model is only read.
+def plan_lora(model: nn.Module, config: LoRAConfig) -> dict[str, Any]:
+    """The fields of the LoRAAdaptation that fits; the model is only read.
 
     Raises:
-        TypeError: model or config of another type; a target that is no linear layer; a weight that NF4 cannot hold.
-        ValueError: an adapted model; nothing matched; NaN or infinite weights to quantise.
+        TypeError: a target that is no linear layer; a weight that NF4 cannot hold.
+        ValueError: nothing matched; NaN or infinite weights to quantise.
     """
-    _check_arguments(model, config)
-    heads = _TASK_HEADS.get(config.task_type or "", ())
-    names = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
-    saved = saved_paths(model, names, optional=heads)
+    names, saved = saved_modules(model, config)
     config = replace(config, target_modules=resolve_targets(model, config, saved), modules_to_save=names or None)
     targets = target_paths(model, config)
     for path in targets:
@@ -42,23 +36,9 @@ def plan(model: nn.Module, config: LoRAConfig) -> Adaptation:
     for path in quantize:
         _check_quantizable(model, path)
     _warn_unused(model, config, targets)
-    trained = [f"{path}.{name}" for path in saved for name in _tensor_names(model.get_submodule(path))]
+    trained = tensors_within(model, saved)
     trained += [name for name in _bias_names(model, config, targets) if name not in trained]
-    return Adaptation(config, targets, quantize, trained)
-
-
-def _check_arguments(model: nn.Module, config: LoRAConfig) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(config, LoRAConfig):
-        raise TypeError(f"config must be a LoRAConfig or a QLoRAConfig, got {type(config).__name__}")
-    adapted = [
-        path for path, module in model.named_modules() if isinstance(module, LoRALinear) or adaptation_of(module)
-    ]
-    if adapted or hasattr(model, "peft_config"):
-        raise ValueError(
-            "model is already adapted (" + (adapted[0] or "at its root" if adapted else "by peft") + "); merge it first"
-        )
+    return {"config": config, "targets": targets, "quantize": quantize, "trained": trained}
 
 
 def _check_target(model: nn.Module, path: str, saved: list[str]) -> None:
@@ -113,12 +93,6 @@ def _check_quantizable(model: nn.Module, path: str) -> None:
         raise ValueError(f"{path}.weight holds NaN or infinite values and cannot be quantised")
 
 
-def _tensor_names(module: nn.Module) -> list[str]:
-    """Parameters and the buffers that a state_dict keeps."""
-    parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    return parameters + [name for name, _ in module.named_buffers() if name in module.state_dict()]
-
-
 def _bias_names(model: nn.Module, config: LoRAConfig, targets: Collection[str]) -> list[str]:
     if config.bias == "none":
         return []
@@ -130,7 +104,7 @@ def _warn_unused(model: nn.Module, config: LoRAConfig, targets: list[str]) -> No
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
             if not any(matches_end(pattern, path) for path in targets):
-                warnings.warn(f"{field}[{pattern!r}] matches none of the adapted layers", stacklevel=4)
+                warnings.warn(f"{field}[{pattern!r}] matches none of the adapted layers", stacklevel=6)
     excluded = config.exclude_modules
     if excluded and not any(names_match(excluded, path) for path, _ in model.named_modules()):
-        warnings.warn(f"exclude_modules={excluded!r} matches no module", stacklevel=4)
+        warnings.warn(f"exclude_modules={excluded!r} matches no module", stacklevel=6)

@@ -1,0 +1,73 @@
+"""Saving what a method trained, and loading it: the same steps for every method and format."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..tuning.adapt import apply
+from ..tuning.adaptation import adaptation_of, require_adaptation, require_enabled
+from ..tuning.config import MethodConfig
+from ..tuning.lora_layers import lora_layers
+from ..tuning.methods import plan
+from .files import read_json, write_files
+from .format import CONFIG_NAME, WEIGHTS_NAME, Format, check_tensors, existing, listed
+from .peft_lora import PeftLoRA
+
+FORMATS: tuple[Format, ...] = (PeftLoRA(),)
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write what was trained of an adapted model into the folder `path`.
+
+    LoRA, QLoRA: in Hugging Face PEFT's format, read by peft.PeftModel.from_pretrained. All files are written and
+    flushed under temporary names before they take the place of earlier ones: an interrupted save leaves those. Of a
+    frozen base nothing is written.
+
+    Raises:
+        ValueError: the model is not adapted, or its adapters are disabled at the moment.
+    """
+    adaptation = require_adaptation(model)
+    require_enabled(model)
+    write_files(Path(path), _format_of(adaptation.config).files(model, adaptation))
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Load a checkpoint of any method into `model`, which is returned; one that is not adapted is adapted first.
+
+    Everything is checked before the model is touched. The adapter is trainable afterwards, as after adapt.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is corrupt or cut short; keys, shapes or the config do not fit the model (all are listed); a
+            feature that is not supported; NaN or infinite values; adapters that are merged or disabled.
+        TypeError: a field of the config has the wrong type, or the config targets a layer that is not linear.
+    """
+    require_enabled(model)
+    merged = [path for path, layer in lora_layers(model).items() if layer.merged]
+    if merged:
+        raise ValueError(f"an adapter is merged into {listed(merged)}: unmerge() before loading another")
+    folder = Path(path)
+    file = existing(folder / CONFIG_NAME)
+    saved = read_json(file)
+    kind = next((kind for kind in FORMATS if kind.recognises(saved)), None)
+    if kind is None:
+        raise ValueError(f"{file}: peft_type must be a method that is known here, got {saved.get('peft_type')!r}")
+    config, tensors = kind.read(folder, saved)
+    adaptation = adaptation_of(model)
+    if planned := adaptation is None:
+        adaptation = plan(model, config)
+    elif not kind.writes(adaptation.config):
+        raise ValueError(f"{file} is of another method: the model was adapted with {adaptation.method}")
+    kind.check(model, adaptation, config)
+    check_tensors(folder / WEIGHTS_NAME, tensors, kind.expected(model, adaptation, config))
+    if planned:
+        apply(model, adaptation)
+    with torch.no_grad():
+        kind.assign(model, adaptation, tensors)
+    return model
+
+
+def _format_of(config: MethodConfig) -> Format:
+    return next(kind for kind in FORMATS if kind.writes(config))
