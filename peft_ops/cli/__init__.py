@@ -1,4 +1,4 @@
-"""The command line: `peft-ops finetune | demo | check`.
+"""The command line: `peft-ops finetune | compare | check`.
 
 Exit codes: 0 done, 1 a check failed, 2 something for the user to put right (one line on stderr), 130 interrupted.
 """
@@ -15,7 +15,7 @@ from .errors import InterruptedRunError, UserError, require
 
 _NEEDS = {
     "finetune": ("transformers", "rich", "matplotlib"),
-    "demo": ("transformers", "rich", "matplotlib"),
+    "compare": ("transformers", "rich", "matplotlib"),
     "check": ("rich",),
 }
 
@@ -45,20 +45,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Every command and option."""
     from .embedded import Recipe
+    from .methods import METHODS
 
     top = argparse.ArgumentParser(prog="peft-ops", description="Fused kernels for parameter-efficient fine-tuning.")
     top.add_argument("--version", action="version", version=f"peft-ops {version('peft-ops')}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="finetune | demo | check")
+    commands = top.add_subparsers(dest="command", required=True, metavar="finetune | compare | check")
 
     command = commands.add_parser("finetune", help="fine-tune a causal language model")
     command.set_defaults(recipe=Recipe())
-    _what(command)
+    _material(command)
+    add, names = command.add_argument, ", ".join(METHODS)
+    add("--method", choices=METHODS, default="lora", metavar="METHOD", help=f"one of {names} (default: %(default)s)")
+    add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/METHOD)")
+    add("--restart", action="store_true", help="start over where the folder holds a run, instead of going on with it")
     _how(command)
 
-    command = commands.add_parser("demo", help="LoRA, QLoRA and full fine-tuning of a small model, side by side")
+    command = commands.add_parser("compare", help="every method from the same base, side by side")
     command.set_defaults(recipe=Recipe())
-    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of results (default: %(default)s)")
-    command.add_argument("--steps", type=_at_least(1), default=240, help="of each method (default: %(default)s)")
+    _material(command)
+    add = command.add_argument
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"some of {names} (default: all)")
+    add("--out", type=Path, default=Path("runs/compare"), help="folder of results (default: %(default)s)")
+    add("--steps", type=_at_least(1), default=100, help="of each method (default: %(default)s)")
+    add("--batch-size", type=_at_least(1), help="sequences per step (default: 8; 4 with --model)")
+    add("--sequence-length", type=_at_least(1), help="in tokens (default: 128; with --model 512, or what it takes)")
     _machine(command)
 
     command = commands.add_parser("check", help="hold every op on this machine's devices against the reference")
@@ -67,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _what(command: argparse.ArgumentParser) -> None:
+def _material(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--model", type=Path, metavar="DIR", help="a transformers causal LM (default: a small embedded one)")
     add(
@@ -77,9 +87,6 @@ def _what(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="UTF-8 text, or .jsonl with the field text, or prompt and completion (default: Python's standard library)",
     )
-    add("--method", choices=("lora", "qlora", "full"), default="lora", help="default: %(default)s")
-    add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/METHOD)")
-    add("--restart", action="store_true", help="start over where the folder holds a run, instead of going on with it")
 
 
 def _how(command: argparse.ArgumentParser) -> None:
@@ -107,7 +114,7 @@ def _how(command: argparse.ArgumentParser) -> None:
     add("--optim", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit: of bitsandbytes, on a GPU")
     add("--r", type=_at_least(1), help="rank of the adapters (default: 8; 16 with --model)")
     add("--lora-alpha", type=_within(0, float("inf")), help="default: 2 r")
-    add("--lora-dropout", type=_within(0, 1), default=0.0, help="default: %(default)s")
+    add("--lora-dropout", type=_within(0, 1), help="default: 0")
     add("--target-modules", nargs="+", metavar="NAME", help="default: all-linear; one NAME may be a regular expression")
     add("--gradient-checkpointing", action="store_true", help="compute activations again instead of keeping them")
     add("--checkpoint-every", type=_at_least(1), default=50, metavar="N", help="steps (default: %(default)s)")

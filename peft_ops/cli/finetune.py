@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,12 @@ from .device import pick_device, pick_dtype
 from .display import make_console, progress
 from .errors import UserError
 from .files import write_folder, write_json
-from .models import Method, load_model
+from .methods import METHODS, Method, Settings, settings_of
+from .models import load_model
 from .report import environment, loss_chart, summary
 from .run_folder import CHECKPOINT, RunFolder
 from .tokenizer import BYTE_VOCABULARY, Tokenizer
 from .training import Options, Trainer
-
-# Peak learning rates for a model of the user's (as QLoRA's paper and common practice have them) and for the small one.
-_LR = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
-EMBEDDED_LR = {"lora": 7e-3, "qlora": 7e-3, "full": 1.5e-3}
 
 
 @dataclass(frozen=True)
@@ -33,31 +30,31 @@ class Defaults:
     steps: int
     batch_size: int
     sequence_length: int
-    r: int
-    lr: dict[str, float]
+    settings: Settings
 
 
-EMBEDDED = Defaults(steps=240, batch_size=8, sequence_length=128, r=8, lr=EMBEDDED_LR)
-OWN_MODEL = Defaults(steps=200, batch_size=4, sequence_length=512, r=16, lr=_LR)
+EMBEDDED = Defaults(steps=240, batch_size=8, sequence_length=128, settings=Settings())
+OWN_MODEL = Defaults(steps=200, batch_size=4, sequence_length=512, settings=Settings(r=16))
 
 
 def run(args: Namespace) -> int:
     """The command; returns its exit code."""
     console = make_console()
     device, dtype = pick_device(args.device), pick_dtype(args.dtype, args.device)
-    defaults = OWN_MODEL if args.model else EMBEDDED
-    for name in ("steps", "batch_size", "r"):
+    defaults, method = OWN_MODEL if args.model else EMBEDDED, METHODS[args.method]
+    for name in ("steps", "batch_size"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(defaults, name))
-    args.lr = defaults.lr[args.method] if args.lr is None else args.lr
+    if args.lr is None:
+        args.lr = method.lr if args.model else method.embedded_lr
+    settings = take_settings(args, method, defaults)
     out = args.out or Path("runs", args.method)
     folder = args.model or embedded_folder(args, console, device, dtype)
-    method = method_of(args)
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(folder, method.base_dtype(dtype))
     args.sequence_length = sequence_length(model, args.sequence_length, defaults.sequence_length)
     data = load_data(args, tokenizer)
-    method.apply(model).to(device)
+    method.apply(model, settings).to(device)
     if args.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its old name
         enable({"use_reentrant": False})
@@ -75,9 +72,9 @@ def run(args: Namespace) -> int:
         trainer.observer = observer
         trainer.run(run_folder.after_step)
 
-    saved = save_result(out, model, tokenizer, args.method)
+    saved = save_result(out, model, tokenizer, method)
     unit = "byte" if tokenizer.vocabulary == BYTE_VOCABULARY else "token"
-    loss_chart(out / "loss.png", trainer.history, args.method, unit)
+    loss_chart(out / "loss.png", trainer.history, method, unit)
     result = summary(trainer.history)
     write_json(
         out / "run.json",
@@ -101,19 +98,19 @@ def embedded_folder(args: Namespace, console: Any, device: torch.device, dtype: 
         )[0]  # fmt: skip
 
 
-def method_of(args: Namespace) -> Method:
-    """The method and its adapters' settings."""
-    if args.method == "full":
-        return Method("full")
-    targets = args.target_modules
-    if targets is not None and len(targets) == 1:
-        targets = targets[0]
-    alpha = 2 * args.r if args.lora_alpha is None else args.lora_alpha
-    adapter = {
-        "r": args.r, "lora_alpha": alpha, "lora_dropout": args.lora_dropout,
-        "target_modules": targets or "all-linear",
-    }  # fmt: skip
-    return Method(args.method, adapter)
+def take_settings(args: Namespace, method: Method, defaults: Defaults) -> Settings:
+    """The method's options, moved from `args` (where they come back as what is used) into Settings.
+
+    Raises UserError: an option that the method does not take.
+    """
+    names = [field.name for field in fields(Settings)]
+    given = {name: getattr(args, name) for name in names}
+    if given["target_modules"] is not None and len(given["target_modules"]) == 1:
+        given["target_modules"] = given["target_modules"][0]
+    settings = settings_of(method, given, defaults.settings)
+    for name in names:
+        setattr(args, name, getattr(settings, name) if name in method.options else None)
+    return settings
 
 
 def options_of(args: Namespace, dtype: torch.dtype) -> Options:
@@ -139,7 +136,9 @@ def load_data(args: Namespace, tokenizer: Tokenizer) -> Split:
 
 
 # What changes where a run is kept or shown, not what it learns.
-_INCIDENTAL = ("command", "out", "restart", "checkpoint_every", "evaluate_every", "device", "data", "recipe", "model")
+_INCIDENTAL = (
+    "command", "out", "restart", "checkpoint_every", "evaluate_every", "device", "data", "recipe", "model", "methods",
+)  # fmt: skip
 
 
 def identity(args: Namespace, folder: Path, dtype: torch.dtype, data: Split) -> dict[str, Any]:
@@ -166,9 +165,9 @@ def jsonable(args: Namespace) -> dict[str, Any]:
     return {name: convert(value) for name, value in vars(args).items()}
 
 
-def save_result(out: Path, model: Any, tokenizer: Tokenizer, method: str) -> Path:
-    """The adapter, or the whole model, in the run's folder."""
-    if method != "full":
+def save_result(out: Path, model: Any, tokenizer: Tokenizer, method: Method) -> Path:
+    """What was trained, or the whole model where the base was, in the run's folder."""
+    if not method.trains_base:
         save_adapter(model, out / "adapter")
         return out / "adapter"
 

@@ -1,38 +1,14 @@
-"""A causal language model and its tokenizer from a folder of transformers, and what a method makes of it."""
+"""A causal language model and its tokenizer from a folder of transformers."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from .. import LoRAConfig, QLoRAConfig, adapt
 from .errors import UserError, as_user_error
 from .tokenizer import BYTE_VOCABULARY, Tokenizer, byte_tokenizer, from_transformers
 
-METHODS = ("lora", "qlora", "full")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-
-
-@dataclass(frozen=True)
-class Method:
-    """A fine-tuning method and the settings of its adapters (none for "full")."""
-
-    name: str
-    adapter: dict[str, Any] = field(default_factory=dict)
-
-    def apply(self, model: nn.Module) -> nn.Module:
-        """Adapt `model` in place, or leave all of it trainable."""
-        if self.name == "full":
-            return model
-        config = LoRAConfig if self.name == "lora" else QLoRAConfig
-        with as_user_error():
-            return adapt(model, config(task_type="CAUSAL_LM", **self.adapter))
-
-    def base_dtype(self, compute: torch.dtype) -> torch.dtype:
-        """A frozen base is held in the dtype that is computed in; weights that are trained, in float32."""
-        return torch.float32 if self.name == "full" else compute
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> tuple[Any, Tokenizer]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -14,26 +13,11 @@ from .files import write_file
 from .training import History
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from .methods import Method
 
 
-@dataclass(frozen=True)
-class Look:
-    """Of a method in charts: a colour of Okabe and Ito's, which everyone tells apart, a line and a marker."""
-
-    name: str
-    color: str
-    line: str
-    width: float
-    marker: str
-
-
-# QLoRA's curve lies on LoRA's: a thin dashed line on a wide one shows both.
-LOOKS = {
-    "lora": Look("LoRA", "#0072b2", "-", 4.0, "o"),
-    "qlora": Look("QLoRA", "#e69f00", "--", 2.0, "s"),
-    "full": Look("full", "#009e73", "-", 2.0, "^"),
-}
+# Of a family of methods in charts: colours of Okabe and Ito, which everyone tells apart.
+FAMILY_COLORS = {"full and partial": "#009e73", "prompts": "#cc79a7", "adapters": "#e69f00", "LoRA": "#0072b2"}
 
 
 def environment(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str]:
@@ -63,27 +47,6 @@ def smoothed(values: list[float]) -> list[float]:
     return (weights @ torch.tensor(values, dtype=torch.float64) / weights.sum(dim=1)).tolist()
 
 
-def draw_losses(axes: Axes, history: History, method: str) -> None:
-    """The loss of every step faint, its running mean bold, the held-out losses as markers."""
-    look = LOOKS[method]
-    steps = range(1, len(history.losses) + 1)
-    axes.plot(steps, history.losses, color=look.color, alpha=0.15, linewidth=0.8)
-    axes.plot(steps, smoothed(history.losses), look.line, color=look.color, linewidth=look.width, label=look.name)
-    axes.plot(
-        *zip(*history.held_out, strict=True), look.marker, color=look.color, markeredgecolor="white", markersize=8
-    )
-
-
-def label_losses(axes: Axes, unit: str) -> None:
-    """Title, axes, grid and legend of a chart of losses."""
-    axes.plot([], [], "o", color="0.4", markeredgecolor="white", markersize=8, label="held out")
-    axes.set_xlabel("step")
-    axes.set_ylabel(f"loss (nats per {unit})")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-
-
 def figure(width: float, height: float, columns: int = 1, widths: tuple[float, ...] = (1.0,)) -> tuple[Any, Any]:
     """A matplotlib figure and its axes, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -98,9 +61,17 @@ def save_figure(drawn: Any, path: Path) -> None:
     write_file(path, lambda partial: drawn.savefig(partial, dpi=150))
 
 
-def loss_chart(path: Path, history: History, method: str, unit: str) -> None:
-    """The chart of one run."""
+def loss_chart(path: Path, history: History, method: Method, unit: str) -> None:
+    """The chart of one run: the loss of every step faint, its running mean bold, the held-out losses as markers."""
     drawn, axes = figure(8, 4.5)
-    draw_losses(axes, history, method)
-    label_losses(axes, unit)
+    steps, color = range(1, len(history.losses) + 1), FAMILY_COLORS[method.family]
+    axes.plot(steps, history.losses, color=color, alpha=0.2, linewidth=0.8)
+    axes.plot(steps, smoothed(history.losses), color=color, linewidth=2.5, label=method.label)
+    held_out = zip(*history.held_out, strict=True)
+    axes.plot(*held_out, "o", color=color, markeredgecolor="white", markersize=8, label="held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"loss (nats per {unit})")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     save_figure(drawn, path)

@@ -123,7 +123,7 @@ class Trainer:
         while self.done < self.options.steps:
             if self.done % self.options.evaluate_every == 0:
                 self._evaluate()
-            self._step()
+            self.step()
             after_step(self)
         self._evaluate()
         return self.history
@@ -136,7 +136,8 @@ class Trainer:
         if self.observer:
             self.observer.held_out(self.done, loss)
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """One step of the optimizer."""
         options, started = self.options, time.perf_counter()
         torch.manual_seed((options.seed << 32) + self.done)
         for group in self.optimizer.param_groups:

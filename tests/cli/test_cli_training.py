@@ -47,7 +47,7 @@ def test_finetune_learns_and_writes(finetune, model_folder, tmp_path, method, ca
 def test_a_resumed_run_equals_an_uninterrupted_one(finetune, tmp_path, monkeypatch, capsys, method):
     options = ("--method", method, "--lora-dropout", 0.1, "--checkpoint-every", 2, "--evaluate-every", 3)
     assert finetune(*options, out="whole") == 0
-    step = Trainer._step
+    step = Trainer.step
 
     def dies_in_step_6(trainer):
         if trainer.done == 5:
@@ -55,7 +55,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finetune, tmp_path, monkeypat
         step(trainer)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_step", dies_in_step_6)
+        patched.setattr(Trainer, "step", dies_in_step_6)
         with pytest.raises(MemoryError):
             finetune(*options, out="broken")
     assert not (tmp_path / "broken" / "run.json").exists()
@@ -69,7 +69,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finetune, tmp_path, monkeypat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_saves_and_says_how_to_go_on(finetune, losses, monkeypatch, capsys, number):
-    step = Trainer._step
+    step = Trainer.step
 
     def interrupted(trainer):
         if trainer.done == 2:
@@ -77,7 +77,7 @@ def test_interruption_saves_and_says_how_to_go_on(finetune, losses, monkeypatch,
         step(trainer)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_step", interrupted)
+        patched.setattr(Trainer, "step", interrupted)
         assert finetune() == 130
     assert "stopped after step 3 of 8" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
