@@ -67,7 +67,7 @@ def t5() -> torch.nn.Module:
         num_layers=2,
         num_heads=4,
         dropout_rate=0.0,
-        initializer_factor=2.0,
+        initializer_factor=0.5,
         decoder_start_token_id=0,
         tie_word_embeddings=False,
     )

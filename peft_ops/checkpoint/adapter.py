@@ -14,8 +14,9 @@ from ..tuning.methods import plan
 from .files import read_json, write_files
 from .format import CONFIG_NAME, WEIGHTS_NAME, Format, check_tensors, existing, listed
 from .peft_lora import PeftLoRA
+from .peft_prompt import PeftPrompt
 
-FORMATS: tuple[Format, ...] = (PeftLoRA(),)
+FORMATS: tuple[Format, ...] = (PeftLoRA(), PeftPrompt())
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:

@@ -13,22 +13,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
-def write_files(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
+def write_files(folder: Path, writers: dict[str, Callable[[Path], None] | None]) -> None:
     """Write every file under a temporary name, flush all to the disk, then rename them one after another.
 
     A file whose bytes did not change is not renamed, so where one file changes (a later checkpoint of a run: its config
-    stays) the exchange is atomic.
+    stays) the exchange is atomic. Where the writer is None, an earlier file is removed at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
-        written = {name: Path(scratch, name) for name in writers}
-        for name, path in written.items():
-            writers[name](path)
-            _flush(path)
+        written = {}
+        for name, write in writers.items():
+            if write is not None:
+                written[name] = path = Path(scratch, name)
+                write(path)
+                _flush(path)
         for name, path in written.items():
             final = folder / name
             if not (final.is_file() and filecmp.cmp(path, final, shallow=False)):
                 os.replace(path, final)
+        for name in writers.keys() - written.keys():
+            (folder / name).unlink(missing_ok=True)
         _flush(folder)
 
 

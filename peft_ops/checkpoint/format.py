@@ -14,7 +14,7 @@ from ..tuning.config import MethodConfig
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 TRAINING_NAME = "adapter_training.safetensors"  # what a run goes on from and inference does not need; ours alone
-Writers = dict[str, Callable[[Path], None]]  # {file name: what writes it}
+Writers = dict[str, Callable[[Path], None] | None]  # {file name: what writes it; None: the file must not be there}
 Tensors = dict[str, torch.Tensor]
 
 

@@ -6,4 +6,6 @@ from .lora_config import LoRAConfig as LoRAConfig
 from .lora_config import QLoRAConfig as QLoRAConfig
 from .merge import eject as eject
 from .merge import merge as merge
+from .prompt_config import PromptTuningConfig as PromptTuningConfig
+from .prompt_config import PTuningConfig as PTuningConfig
 from .switch import adapters_disabled as adapters_disabled

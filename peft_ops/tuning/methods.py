@@ -7,9 +7,13 @@ from .adaptation import Adaptation, adaptation_of
 from .config import MethodConfig
 from .lora import LoRAAdaptation
 from .lora_config import LoRAConfig
+from .prompt import PromptAdaptation
+from .prompt_config import PromptTuningConfig, PTuningConfig
 
 ADAPTATIONS: dict[type[MethodConfig], type[Adaptation]] = {
     LoRAConfig: LoRAAdaptation,
+    PromptTuningConfig: PromptAdaptation,
+    PTuningConfig: PromptAdaptation,
 }
 
 
