@@ -182,6 +182,7 @@ def trained_on_meta(model_class, settings, wanted):
     return peft_ops.trainable_parameters(peft_ops.adapt(model, wanted)).trainable
 
 
+@pytest.mark.unpoisoned
 def test_parameter_counts():
     roberta = transformers.RobertaConfig(hidden_size=1024, num_hidden_layers=1, num_attention_heads=16)
     lama = PTuningConfig(template=(3, 3, 3), pseudo_token_id=50265, encoder_reparameterization_type="LSTM")
