@@ -13,9 +13,10 @@ from ..tuning.lora_layers import lora_layers
 from ..tuning.methods import plan
 from .files import read_json, write_files
 from .format import CONFIG_NAME, WEIGHTS_NAME, Format, check_tensors, existing, listed
+from .in_place import InPlace
 from .peft_lora import PeftLoRA
 
-FORMATS: tuple[Format, ...] = (PeftLoRA(),)
+FORMATS: tuple[Format, ...] = (PeftLoRA(), InPlace())
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:

@@ -5,11 +5,15 @@ from torch import nn
 from ..nn import LoRALinear
 from .adaptation import Adaptation, adaptation_of
 from .config import MethodConfig
+from .full import FullAdaptation, FullConfig
 from .lora import LoRAAdaptation
 from .lora_config import LoRAConfig
+from .partial import PartialAdaptation, PartialConfig
 
 ADAPTATIONS: dict[type[MethodConfig], type[Adaptation]] = {
+    FullConfig: FullAdaptation,
     LoRAConfig: LoRAAdaptation,
+    PartialConfig: PartialAdaptation,
 }
 
 
