@@ -5,7 +5,11 @@ from . import nn as nn
 from . import ops as ops
 from .checkpoint import load_adapter as load_adapter
 from .checkpoint import save_adapter as save_adapter
+from .tuning import FullConfig as FullConfig
+from .tuning import LayerwiseSchedule as LayerwiseSchedule
 from .tuning import LoRAConfig as LoRAConfig
+from .tuning import MasterWeights as MasterWeights
+from .tuning import PartialConfig as PartialConfig
 from .tuning import PromptTuningConfig as PromptTuningConfig
 from .tuning import PTuningConfig as PTuningConfig
 from .tuning import QLoRAConfig as QLoRAConfig
@@ -13,4 +17,5 @@ from .tuning import adapt as adapt
 from .tuning import adapters_disabled as adapters_disabled
 from .tuning import eject as eject
 from .tuning import merge as merge
+from .tuning import optimizer_for as optimizer_for
 from .tuning import trainable_parameters as trainable_parameters

@@ -13,10 +13,11 @@ from ..tuning.lora_layers import lora_layers
 from ..tuning.methods import plan
 from .files import read_json, write_files
 from .format import CONFIG_NAME, WEIGHTS_NAME, Format, check_tensors, existing, listed
+from .in_place import InPlace
 from .peft_lora import PeftLoRA
 from .peft_prompt import PeftPrompt
 
-FORMATS: tuple[Format, ...] = (PeftLoRA(), PeftPrompt())
+FORMATS: tuple[Format, ...] = (PeftLoRA(), PeftPrompt(), InPlace())
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:

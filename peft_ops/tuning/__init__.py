@@ -2,10 +2,15 @@
 
 from .adapt import adapt as adapt
 from .counts import trainable_parameters as trainable_parameters
+from .full import FullConfig as FullConfig
+from .layerwise import LayerwiseSchedule as LayerwiseSchedule
 from .lora_config import LoRAConfig as LoRAConfig
 from .lora_config import QLoRAConfig as QLoRAConfig
+from .masters import MasterWeights as MasterWeights
 from .merge import eject as eject
 from .merge import merge as merge
+from .optimizer import optimizer_for as optimizer_for
+from .partial import PartialConfig as PartialConfig
 from .prompt_config import PromptTuningConfig as PromptTuningConfig
 from .prompt_config import PTuningConfig as PTuningConfig
 from .switch import adapters_disabled as adapters_disabled

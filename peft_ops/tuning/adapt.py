@@ -14,8 +14,11 @@ def adapt(model: nn.Module, config: MethodConfig) -> nn.Module:
     QLoRAConfig: besides, every linear layer but the output head goes to NF4, one at a time: each dense weight is freed
     before the next is quantised, unless someone else holds it. Where an error is raised the model is left as it was.
 
+    FullConfig, PartialConfig: the model's own parameters are trained.
+
     Reentrant gradient checkpointing needs an input that requires a gradient: where it is already on,
-    model.enable_input_require_grads() is called; where it is turned on later, call that yourself.
+    model.enable_input_require_grads() is called; where it is turned on later, call that yourself. Full and partial
+    fine-tuning need neither.
 
     Raises:
         TypeError: a model or config of another type; a target that the method cannot take.
@@ -34,5 +37,5 @@ def apply(model: nn.Module, adaptation: Adaptation) -> nn.Module:
     adaptation.start_training(model)
     set_adaptation(model, adaptation)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        getattr(model, "enable_input_require_grads", lambda: None)()
+        adaptation.prepare_checkpointing(model)
     return model

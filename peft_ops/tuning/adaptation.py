@@ -45,6 +45,10 @@ class Adaptation:
     def install(self, model: nn.Module) -> None:
         """Put the method into a frozen model. Every check was made by `plan`."""
 
+    def prepare_checkpointing(self, model: nn.Module) -> None:
+        """Called where gradient checkpointing is on: if it is reentrant, an input has to require a gradient."""
+        getattr(model, "enable_input_require_grads", lambda: None)()
+
     def off(self, model: nn.Module) -> AbstractContextManager[None]:
         """While it is entered, what `install` put in does nothing and the model computes as before it."""
         return nullcontext()

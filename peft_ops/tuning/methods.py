@@ -5,15 +5,19 @@ from torch import nn
 from ..nn import LoRALinear
 from .adaptation import Adaptation, adaptation_of
 from .config import MethodConfig
+from .full import FullAdaptation, FullConfig
 from .lora import LoRAAdaptation
 from .lora_config import LoRAConfig
+from .partial import PartialAdaptation, PartialConfig
 from .prompt import PromptAdaptation
 from .prompt_config import PromptTuningConfig, PTuningConfig
 
 ADAPTATIONS: dict[type[MethodConfig], type[Adaptation]] = {
+    FullConfig: FullAdaptation,
     LoRAConfig: LoRAAdaptation,
     PromptTuningConfig: PromptAdaptation,
     PTuningConfig: PromptAdaptation,
+    PartialConfig: PartialAdaptation,
 }
 
 
