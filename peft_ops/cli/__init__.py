@@ -116,6 +116,8 @@ def _how(command: argparse.ArgumentParser) -> None:
     add("--lora-alpha", type=_within(0, float("inf")), help="default: 2 r")
     add("--lora-dropout", type=_within(0, 1), help="default: 0")
     add("--target-modules", nargs="+", metavar="NAME", help="default: all-linear; one NAME may be a regular expression")
+    add("--layers", type=_at_least(1), metavar="N", help="trained at the top, or frozen below (default: a quarter)")
+    add("--virtual-tokens", type=_at_least(1), metavar="N", help="of prompts (default: 16)")
     add("--gradient-checkpointing", action="store_true", help="compute activations again instead of keeping them")
     add("--checkpoint-every", type=_at_least(1), default=50, metavar="N", help="steps (default: %(default)s)")
     add("--evaluate-every", type=_at_least(1), metavar="N", help="steps (default: a sixth of them)")

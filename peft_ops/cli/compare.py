@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import trainable_parameters
+from . import embedded
 from .compare_charts import draw_costs, draw_curves
 from .data import Split, batch, pack, read_documents
 from .device import pick_device, pick_dtype
 from .display import make_console, progress
-from .embedded import python_source
 from .errors import UserError
 from .files import write_json
 from .finetune import EMBEDDED, OWN_MODEL, Defaults, embedded_folder, identity, sequence_length
@@ -56,8 +56,11 @@ def run(args: Namespace) -> int:
     args.batch_size = args.batch_size or defaults.batch_size
     folder = args.model or embedded_folder(args, console, device, dtype)
     model, tokenizer = load_model(folder, dtype)
-    length = sequence_length(model, args.sequence_length, defaults.sequence_length)
-    data = pack(read_documents(args.data) if args.data else python_source(), tokenizer, length, 0.05, args.seed)
+    virtual = defaults.settings.virtual_tokens
+    length = sequence_length(model, args.sequence_length, defaults.sequence_length, virtual)
+    data = pack(
+        read_documents(args.data) if args.data else embedded.python_source(), tokenizer, length, 0.05, args.seed
+    )
     unit = "byte" if tokenizer.vocabulary == BYTE_VOCABULARY else "token"
     finished = Finished(args.out / "unfinished.json", identity(args, folder, dtype, data))
     for name in args.methods or METHODS:
@@ -114,6 +117,7 @@ def train(
     lr = method.lr if args.model else method.embedded_lr
     options = Options(
         steps=args.steps, batch_size=args.batch_size, lr=lr, seed=args.seed, dtype=dtype,
+        layerwise=method.layerwise,
         warmup=max(1, args.steps // 20), evaluate_every=max(1, args.steps // 4),
     )  # fmt: skip
     count, bits = trainable_parameters(model), base_bits(model)

@@ -52,7 +52,8 @@ def run(args: Namespace) -> int:
     folder = args.model or embedded_folder(args, console, device, dtype)
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(folder, method.base_dtype(dtype))
-    args.sequence_length = sequence_length(model, args.sequence_length, defaults.sequence_length)
+    virtual = settings.virtual_tokens if "virtual_tokens" in method.options else 0
+    args.sequence_length = sequence_length(model, args.sequence_length, defaults.sequence_length, virtual)
     data = load_data(args, tokenizer)
     method.apply(model, settings).to(device)
     if args.gradient_checkpointing:
@@ -61,7 +62,7 @@ def run(args: Namespace) -> int:
     count = trainable_parameters(model)
     console.print(f"{args.method}: {count}")
 
-    options = options_of(args, dtype)
+    options = options_of(args, method, dtype)
     trainer = Trainer(model, data, options)
     run_folder = RunFolder(out, identity(args, folder, dtype, data))
     if args.restart:
@@ -113,20 +114,25 @@ def take_settings(args: Namespace, method: Method, defaults: Defaults) -> Settin
     return settings
 
 
-def options_of(args: Namespace, dtype: torch.dtype) -> Options:
+def options_of(args: Namespace, method: Method, dtype: torch.dtype) -> Options:
     return Options(
         steps=args.steps, batch_size=args.batch_size, lr=args.lr, accumulation=args.accumulation,
         warmup=max(1, round(args.warmup * args.steps)), weight_decay=args.weight_decay, clip=args.clip, seed=args.seed,
-        dtype=dtype, optimizer=args.optim, checkpoint_every=args.checkpoint_every,
+        dtype=dtype, layerwise=method.layerwise, optimizer=args.optim, checkpoint_every=args.checkpoint_every,
         evaluate_every=args.evaluate_every or max(1, args.steps // 6),
     )  # fmt: skip
 
 
-def sequence_length(model: Any, given: int | None, default: int) -> int:
-    """What is given, or the default as far as the model has positions; UserError where what is given has more."""
-    most = getattr(model.config, "max_position_embeddings", None) or given or default
-    if given is not None and given > most:
-        raise UserError(f"--sequence-length {given}: the model takes {most} tokens at most")
+def sequence_length(model: Any, given: int | None, default: int, virtual: int = 0) -> int:
+    """What is given, or the default as far as the model has positions beside those of `virtual` tokens.
+
+    Raises UserError: what is given has more.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    most = (given or default) if positions is None else positions - virtual
+    if most < 1 or (given is not None and given > most):
+        beside = f" beside {virtual} virtual ones" if virtual else ""
+        raise UserError(f"--sequence-length {given or default}: the model takes {max(0, most)} tokens at most{beside}")
     return given or min(default, most)
 
 

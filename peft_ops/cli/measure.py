@@ -93,9 +93,10 @@ def peak_memory(model: nn.Module, data: Split, options: Options) -> int:
     """Most bytes that two training steps hold: weights, gradients, optimizer state, activations.
 
     The steps are taken at a learning rate of zero, so the model stays as it is; its gradients are freed. On a GPU this
-    is what the allocator says, elsewhere what AllocatedBytes does.
+    is what the allocator says, elsewhere what AllocatedBytes does. All layers are trained, as they are at the end where
+    they join one by one.
     """
-    trainer = Trainer(model, data, replace(options, lr=0.0))
+    trainer = Trainer(model, data, replace(options, lr=0.0, layerwise=False))
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
         _two_steps(trainer)

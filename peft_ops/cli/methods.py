@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import LoRAConfig, QLoRAConfig, adapt
+from .. import FullConfig, LoRAConfig, PartialConfig, PromptTuningConfig, PTuningConfig, QLoRAConfig, adapt
 from ..tuning.config import MethodConfig
 from .errors import UserError, as_user_error
 
@@ -17,15 +17,20 @@ class Settings:
     """What the options of a method say.
 
     r, lora_alpha, lora_dropout, target_modules: of the LoRA family; lora_alpha None is 2 r.
+    layers: trained at the top, or frozen at the bottom; None is a quarter of them.
+    virtual_tokens: n of prompts and prefixes.
     """
 
     r: int = 8
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
     target_modules: list[str] | str | None = None
+    layers: int | None = None
+    virtual_tokens: int = 16
 
 
 LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules")
+TASK = "CAUSAL_LM"
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Method:
 
     config: of the settings and the model, which it may read. lr, embedded_lr: peak learning rates for a model of the
     user's and for the embedded one. options: the fields of Settings that it takes. trains_base: weights of the base are
-    trained, which are then held in float32.
+    trained, which are then held in float32. layerwise: layers join one after another during the run.
     """
 
     name: str
@@ -45,6 +50,7 @@ class Method:
     embedded_lr: float
     options: tuple[str, ...] = ()
     trains_base: bool = False
+    layerwise: bool = False
 
     def apply(self, model: nn.Module, settings: Settings) -> nn.Module:
         """Adapt `model` in place; UserError where the settings do not fit it."""
@@ -60,14 +66,51 @@ def _lora(settings: Settings, kind: type[LoRAConfig] = LoRAConfig, **fields: Any
     alpha = 2 * settings.r if settings.lora_alpha is None else settings.lora_alpha
     return kind(
         r=settings.r, lora_alpha=alpha, lora_dropout=settings.lora_dropout,
-        target_modules=settings.target_modules or "all-linear", task_type="CAUSAL_LM", **fields,
+        target_modules=settings.target_modules or "all-linear", task_type=TASK, **fields,
     )  # fmt: skip
 
 
+def _layers(settings: Settings, model: Any) -> int:
+    return settings.layers or max(1, model.config.get_text_config().num_hidden_layers // 4)
+
+
+def _top(settings: Settings, model: nn.Module) -> PartialConfig:
+    return PartialConfig(num_top_layers=_layers(settings, model), final_norm=True, task_type=TASK)
+
+
+def _above(settings: Settings, model: Any) -> PartialConfig:
+    head = not model.config.tie_word_embeddings  # else it is the frozen input embedding
+    return PartialConfig(
+        frozen_bottom_layers=_layers(settings, model), final_norm=True, head=head, task_type=TASK
+    )  # fmt: skip
+
+
+def _prompt(settings: Settings, model: nn.Module) -> PromptTuningConfig:
+    n = settings.virtual_tokens
+    return PromptTuningConfig(num_virtual_tokens=n, prompt_tuning_init="SAMPLE_VOCAB", task_type=TASK)
+
+
+def _p_tuning(settings: Settings, model: nn.Module) -> PTuningConfig:
+    n = settings.virtual_tokens
+    return PTuningConfig(num_virtual_tokens=n, encoder_reparameterization_type="LSTM", task_type=TASK)
+
+
+FULL, PROMPTS, ADAPTERS, LORA = "full and partial", "prompts", "adapters", "LoRA"
+# Learning rates for a model of the user's are those of the papers and of common practice; for the embedded model, those
+# with the lowest held-out loss of a few that were tried, about a factor of two apart.
 _ALL = (
-    Method("lora", "LoRA", "LoRA", lambda s, m: _lora(s), 2e-4, 7e-3, LORA_OPTIONS),
-    Method("qlora", "QLoRA", "LoRA", lambda s, m: _lora(s, QLoRAConfig), 2e-4, 7e-3, LORA_OPTIONS),
-)
+    Method("full", "full", FULL, lambda s, m: FullConfig(task_type=TASK), 2e-5, 1.5e-3, trains_base=True),
+    Method(
+        "layer-by-layer", "layer by layer", FULL, lambda s, m: FullConfig(task_type=TASK), 2e-5, 1.5e-3,
+        trains_base=True, layerwise=True,
+    ),
+    Method("frozen-bottom", "bottom frozen", FULL, _above, 2e-5, 1.5e-3, ("layers",), trains_base=True),
+    Method("top-layers", "top layers", FULL, _top, 2e-5, 1.5e-3, ("layers",), trains_base=True),
+    Method("prompt-tuning", "prompt tuning", PROMPTS, _prompt, 3e-2, 3e-2, ("virtual_tokens",)),
+    Method("p-tuning", "P-tuning", PROMPTS, _p_tuning, 1e-3, 3e-3, ("virtual_tokens",)),
+    Method("lora", "LoRA", LORA, lambda s, m: _lora(s), 2e-4, 7e-3, LORA_OPTIONS),
+    Method("qlora", "QLoRA", LORA, lambda s, m: _lora(s, QLoRAConfig), 2e-4, 7e-3, LORA_OPTIONS),
+)  # fmt: skip
 METHODS = {method.name: method for method in _ALL}
 
 

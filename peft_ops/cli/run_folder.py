@@ -17,7 +17,7 @@ from .files import write_file
 from .training import Trainer
 
 CHECKPOINT = "checkpoint.pt"
-_FORMAT = 1
+_FORMAT = 2
 
 
 class RunFolder:

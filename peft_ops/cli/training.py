@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .. import LayerwiseSchedule
+from ..tuning.adaptation import adaptation_of
+from ..tuning.optimizer import trained_parameters
 from .data import IGNORED, Sequences, Split, batch
 from .errors import UserError, as_user_error
 
@@ -18,7 +21,10 @@ _FINAL_LR = 0.1  # of the peak, where the cosine ends
 
 @dataclass(frozen=True)
 class Options:
-    """How to train. dtype: what is computed in; weights that are wider are cast by autocast."""
+    """How to train. dtype: what is computed in; weights that are wider are cast by autocast.
+
+    layerwise: layers are trained from the bottom up, each joining after an equal share of the steps.
+    """
 
     steps: int
     batch_size: int
@@ -32,6 +38,7 @@ class Options:
     optimizer: str = "adamw"
     evaluate_every: int = 20
     checkpoint_every: int = 50
+    layerwise: bool = False
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then a cosine from the peak to a tenth of it."""
@@ -59,7 +66,9 @@ class Observer(Protocol):
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require a gradient, by name."""
+    """By name: what the method of an adapted model trains, now or later; of another model, what requires a gradient."""
+    if adaptation_of(model) is not None:
+        return trained_parameters(model)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -109,6 +118,10 @@ class Trainer:
     def __init__(self, model: nn.Module, data: Split, options: Options, observer: Observer | None = None) -> None:
         self.model, self.data, self.options, self.observer = model, data, options, observer
         self.optimizer = make_optimizer(model, options)
+        self.schedule: LayerwiseSchedule | None = None
+        if options.layerwise:
+            layers = model.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
+            self.schedule = LayerwiseSchedule(model, self.optimizer, max(1, options.steps // layers))
         self.history = History()
         self.device = next(model.parameters()).device
 
@@ -153,6 +166,8 @@ class Trainer:
         nn.utils.clip_grad_norm_(trained(self.model).values(), options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.schedule is not None:
+            self.schedule.step()
         seconds = time.perf_counter() - started
         self.history.losses.append(total)
         self.history.seconds.append(seconds)
@@ -165,6 +180,7 @@ class Trainer:
             "parameters": {name: p.detach() for name, p in trained(self.model).items()},
             "optimizer": self.optimizer.state_dict(),
             "history": vars(self.history),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
         }
 
     def load_state(self, state: dict[str, Any], source: object) -> None:
@@ -177,6 +193,9 @@ class Trainer:
             raise UserError(f"{source} does not fit the model: {', '.join(wrong[:5])} differ; --restart starts over")
         with as_user_error(f"{source} does not fit the optimizer: "):
             self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            with as_user_error(f"{source} does not fit the schedule: "):
+                self.schedule.load_state_dict(state["schedule"])
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(state["parameters"][name])

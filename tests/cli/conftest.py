@@ -8,6 +8,7 @@ import torch
 from peft_ops import cli
 from peft_ops.cli import embedded, main
 from peft_ops.cli.embedded import Recipe
+from peft_ops.cli.methods import METHODS
 
 TINY = Recipe(hidden_size=64, intermediate_size=64, layers=1, heads=2, sequence_length=64, steps=60, batch_size=16)
 
@@ -37,7 +38,7 @@ def model_folder(tmp_path_factory, words):
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -58,7 +59,9 @@ def finetune(model_folder, data_file, tmp_path):
 
     def run(*options, out="run"):
         given = ["--model", model_folder, "--data", data_file, "--out", tmp_path / out, "--device", "cpu"]
-        given += ["--dtype", "fp32", "--steps", 8, "--batch-size", 4, "--sequence-length", 16, "--lr", 0.03, "--r", 4]
+        given += ["--dtype", "fp32", "--steps", 8, "--batch-size", 4, "--sequence-length", 16, "--lr", 0.03]
+        method = options[options.index("--method") + 1] if "--method" in options else "lora"
+        given += ["--r", 4] if "r" in METHODS.get(method, METHODS["lora"]).options else []
         return main(["finetune", *map(str, given), *map(str, options)])
 
     return run

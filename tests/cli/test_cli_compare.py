@@ -72,7 +72,8 @@ COMPARED = ["full", "lora", "qlora"]
 @pytest.fixture
 def compare(small_embedded, tmp_path):
     def run(*options):
-        given = ["--out", tmp_path / "compare", "--steps", 60, "--device", "cpu", "--dtype", "fp32"]
+        given = ["--out", tmp_path / "compare", "--steps", 60, "--sequence-length", 64]
+        given += ["--device", "cpu", "--dtype", "fp32"]
         return main(["compare", *map(str, given), "--methods", *COMPARED, *map(str, options)])
 
     return run
