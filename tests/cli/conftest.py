@@ -23,13 +23,11 @@ def words():
     return [f"word{i}" for i in range(40)]
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, words):
+def save_llama(folder, words, layers):
     """A small Llama and a tokenizer of whole words, as transformers saves them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("model")
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -38,11 +36,23 @@ def model_folder(tmp_path_factory, words):
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, words):
+    """Of one layer, which learns in few steps."""
+    return save_llama(tmp_path_factory.mktemp("model"), words, layers=1)
+
+
+@pytest.fixture(scope="session")
+def deeper_folder(tmp_path_factory, words):
+    """Of two layers, for a method that freezes one."""
+    return save_llama(tmp_path_factory.mktemp("model"), words, layers=2)
 
 
 @pytest.fixture(scope="session")
@@ -54,13 +64,14 @@ def data_file(tmp_path_factory, words):
 
 
 @pytest.fixture
-def finetune(model_folder, data_file, tmp_path):
+def finetune(model_folder, deeper_folder, data_file, tmp_path):
     """Runs `peft-ops finetune` on the small model; options given later win."""
 
     def run(*options, out="run"):
-        given = ["--model", model_folder, "--data", data_file, "--out", tmp_path / out, "--device", "cpu"]
-        given += ["--dtype", "fp32", "--steps", 8, "--batch-size", 4, "--sequence-length", 16, "--lr", 0.03]
         method = options[options.index("--method") + 1] if "--method" in options else "lora"
+        folder = deeper_folder if method == "frozen-bottom" else model_folder
+        given = ["--model", folder, "--data", data_file, "--out", tmp_path / out, "--device", "cpu"]
+        given += ["--dtype", "fp32", "--steps", 8, "--batch-size", 4, "--sequence-length", 16, "--lr", 0.03]
         given += ["--r", 4] if "r" in METHODS.get(method, METHODS["lora"]).options else []
         return main(["finetune", *map(str, given), *map(str, options)])
 

@@ -17,7 +17,7 @@ from peft_ops.cli.finetune import sequence_length
         (["--method", "magic"], "invalid choice"),
         (["--method", "full", "--r", "4"], "--r is no option of --method full (it takes none of its own)"),
         (["--method", "prompt-tuning", "--layers", "1"], "--layers is no option of --method prompt-tuning"),
-        (["--method", "top-layers", "--layers", "3"], "num_top_layers=3, but the model has 2 layers"),
+        (["--method", "top-layers", "--layers", "2"], "num_top_layers=2, but the model has 1 layers"),
         (["--method", "prompt-tuning", "--virtual-tokens", "64"], "the model takes 0 tokens at most beside 64 virtual"),
         (["--model", "/nowhere"], "--model /nowhere: expected a folder with a transformers model"),
         (["--data", "/nowhere.txt"], "--data /nowhere.txt: No such file"),
