@@ -139,3 +139,15 @@ def test_a_16_bit_base_trains(method):
     losses = run(model, adamw(model), 6)
     assert losses[-1] < losses[0]
     assert model(tokens()).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in (*IN_PLACE, "LoRA", "QLoRA")])
+@pytest.mark.unpoisoned
+def test_torch_compile_captures_it_whole(method):
+    """Forward without a graph break, of methods that hang on hooks (the layers: tests/aot/test_capture.py)."""
+    model = adapted(method, "llama").eval()
+    with torch.no_grad():
+        plain = model(tokens(), use_cache=False).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens(), use_cache=False).logits.detach(), plain)

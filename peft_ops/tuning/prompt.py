@@ -17,7 +17,7 @@ from .adaptation import Adaptation
 from .config import MethodConfig
 from .prompt_config import PromptConfig, PromptTuningConfig, PTuningConfig
 from .trained import saved_modules, tensors_within
-from .virtual_tokens import VirtualTokens
+from .virtual_tokens import VirtualTokens, argument_names
 
 CHILD = "virtual_tokens"  # the name of the VirtualTokens in the stack
 
@@ -64,8 +64,9 @@ class PromptAdaptation(Adaptation):
         pseudo = config.pseudo_token_id if isinstance(config, PTuningConfig) and config.template is not None else None
         decoder = _decoder_over(model, stack)
         tokens = VirtualTokens(
-            self._encoder(embedding), config.num_virtual_tokens, decoder is None, self.positions, pseudo
-        )
+            self._encoder(embedding), config.num_virtual_tokens, self.positions, pseudo,
+            argument_names(stack), None if decoder is None else argument_names(decoder),
+        )  # fmt: skip
         stack.add_module(CHILD, tokens.train(stack.training))
         if pseudo is not None:
             embedding.register_forward_pre_hook(tokens.hide_ids)

@@ -17,15 +17,17 @@ class VirtualTokens(nn.Module):
     first n places again, unless other layers must see them (`trims` False: an encoder with a decoder over it, whose
     `longer_memory` then widens the mask). In a template: `hide_ids` and `replace` go on the input embedding.
 
-    positions: how many the model has, None where it has no table of them.
+    positions: how many the model has, None where it has no table of them. arguments, decoder_arguments: names of those
+    that the forward of the stack, and of the decoder over it, takes, in order.
     """
 
     def __init__(
-        self, encoder: nn.Module, n: int, trims: bool, positions: int | None, pseudo_token_id: int | None
-    ) -> None:
+        self, encoder: nn.Module, n: int, positions: int | None, pseudo_token_id: int | None,
+        arguments: list[str], decoder_arguments: list[str] | None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.encoder, self.n, self.trims, self.positions = encoder, n, trims, positions
-        self.pseudo_token_id = pseudo_token_id
+        self.encoder, self.n, self.positions, self.pseudo_token_id = encoder, n, positions, pseudo_token_id
+        self.arguments, self.decoder_arguments, self.trims = arguments, decoder_arguments, decoder_arguments is None
         self.enabled = True
         self._added = 0  # by `before`, for `after`
         self._pseudo: torch.Tensor | None = None  # found by `hide_ids`, for `replace`
@@ -35,7 +37,7 @@ class VirtualTokens(nn.Module):
         self._added = 0
         if not self.enabled:
             return None
-        kwargs = named_arguments(stack, args, kwargs)
+        kwargs = dict(zip(self.arguments, args, strict=False)) | kwargs
         cache = kwargs.get("past_key_values")
         seen = 0 if cache is None else int(cache.get_seq_length())
         if kwargs.get("attention_mask") is not None:
@@ -82,7 +84,8 @@ class VirtualTokens(nn.Module):
         self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         """Forward pre-hook of a decoder: what it sees of the encoder is n longer than the mask that came with it."""
-        kwargs = named_arguments(decoder, args, kwargs)
+        assert self.decoder_arguments is not None
+        kwargs = dict(zip(self.decoder_arguments, args, strict=False)) | kwargs
         mask, memory = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if self.enabled and mask is not None and memory is not None and memory.shape[1] == mask.shape[-1] + self.n:
             kwargs["encoder_attention_mask"] = self._longer(mask, "encoder_attention_mask")
@@ -130,6 +133,6 @@ class VirtualTokens(nn.Module):
         return f"{self.n} virtual tokens {where}" + ("" if self.enabled else ", disabled")
 
 
-def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name."""
-    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+def argument_names(module: nn.Module) -> list[str]:
+    """Of a module's forward, in order."""
+    return list(inspect.signature(module.forward).parameters)
