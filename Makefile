@@ -9,8 +9,8 @@ KERNEL_TESTS := tests/test_nf4.py tests/test_nf4_linear.py tests/test_lora_linea
 
 .PHONY: demo test lint torch interpret aot bench gpu lock clean
 
-demo: $(VENV)/.ready  ## fine-tune the embedded model with lora, qlora and full side by side
-	$(BIN)/peft-ops demo --out $(OUT)/demo
+demo: $(VENV)/.ready  ## train the embedded model by every method, side by side
+	$(BIN)/peft-ops compare --out $(OUT)/compare
 
 test: lint torch interpret aot  ## the four jobs of CI
 

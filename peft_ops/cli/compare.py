@@ -18,9 +18,9 @@ from .device import pick_device, pick_dtype
 from .display import make_console, progress
 from .errors import UserError
 from .files import write_json
-from .finetune import EMBEDDED, OWN_MODEL, Defaults, embedded_folder, identity, sequence_length
+from .finetune import EMBEDDED, OWN_MODEL, embedded_folder, identity, sequence_length, starting_from
 from .measure import base_bits, checkpoint_bytes, peak_memory, saved_for_backward
-from .methods import METHODS, Method
+from .methods import METHODS, Method, Settings
 from .models import load_model
 from .report import environment, summary
 from .tokenizer import BYTE_VOCABULARY
@@ -61,6 +61,7 @@ def run(args: Namespace) -> int:
     data = pack(
         read_documents(args.data) if args.data else embedded.python_source(), tokenizer, length, 0.05, args.seed
     )
+    settings = starting_from(defaults.settings, None, tokenizer, data)
     unit = "byte" if tokenizer.vocabulary == BYTE_VOCABULARY else "token"
     finished = Finished(args.out / "unfinished.json", identity(args, folder, dtype, data))
     for name in args.methods or METHODS:
@@ -68,7 +69,7 @@ def run(args: Namespace) -> int:
             console.print(f"{name}: taken over from the interrupted comparison")
             continue
         try:
-            finished.add(train(METHODS[name], folder, data, defaults, args, device, dtype, console))
+            finished.add(train(METHODS[name], folder, data, settings, args, device, dtype, console))
         except UserError as error:  # one method that this model cannot take, or that diverges, does not end the others
             console.print(f"[bold red]{name} left out[/]: {error}", soft_wrap=True)
     outcomes = list(finished.outcomes.values())
@@ -107,13 +108,13 @@ class Finished:
 
 
 def train(
-    method: Method, folder: Path, data: Split, defaults: Defaults, args: Namespace, device: torch.device,
+    method: Method, folder: Path, data: Split, settings: Settings, args: Namespace, device: torch.device,
     dtype: torch.dtype, console: Console,
 ) -> Outcome:  # fmt: skip
     """One method from the common base, on the common batches."""
     torch.manual_seed(args.seed)
     model, _ = load_model(folder, method.base_dtype(dtype))
-    method.apply(model, defaults.settings).to(device)
+    method.apply(model, settings).to(device)
     lr = method.lr if args.model else method.embedded_lr
     options = Options(
         steps=args.steps, batch_size=args.batch_size, lr=lr, seed=args.seed, dtype=dtype,

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def run(args: Namespace) -> int:
     virtual = settings.virtual_tokens if "virtual_tokens" in method.options else 0
     args.sequence_length = sequence_length(model, args.sequence_length, defaults.sequence_length, virtual)
     data = load_data(args, tokenizer)
+    settings = starting_from(settings, args.init_text, tokenizer, data)
     method.apply(model, settings).to(device)
     if args.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its old name
@@ -104,14 +105,25 @@ def take_settings(args: Namespace, method: Method, defaults: Defaults) -> Settin
 
     Raises UserError: an option that the method does not take.
     """
-    names = [field.name for field in fields(Settings)]
-    given = {name: getattr(args, name) for name in names}
+    names = [field.name for field in fields(Settings) if field.name != "init_ids"]
+    given = {name: getattr(args, name) for name in (*names, "init_text")}
     if given["target_modules"] is not None and len(given["target_modules"]) == 1:
         given["target_modules"] = given["target_modules"][0]
     settings = settings_of(method, given, defaults.settings)
     for name in names:
         setattr(args, name, getattr(settings, name) if name in method.options else None)
     return settings
+
+
+def starting_from(settings: Settings, text: str | None, tokenizer: Tokenizer, data: Split) -> Settings:
+    """With the token ids of the text, or of the start of the data where there is none.
+
+    Raises UserError: a text without tokens.
+    """
+    ids = data.train.tokens[0, : settings.virtual_tokens].tolist() if text is None else tokenizer.encode(text)
+    if not ids:
+        raise UserError(f"--init-text {text!r} has no tokens")
+    return replace(settings, init_ids=tuple(ids))
 
 
 def options_of(args: Namespace, method: Method, dtype: torch.dtype) -> Options:

@@ -18,7 +18,7 @@ class Settings:
 
     r, lora_alpha, lora_dropout, target_modules: of the LoRA family; lora_alpha None is 2 r.
     layers: trained at the top, or frozen at the bottom; None is a quarter of them.
-    virtual_tokens: n of prompts and prefixes.
+    virtual_tokens: n of prompts and prefixes. init_ids: token ids of the text that they start as, repeated or cut to n.
     """
 
     r: int = 8
@@ -27,9 +27,11 @@ class Settings:
     target_modules: list[str] | str | None = None
     layers: int | None = None
     virtual_tokens: int = 16
+    init_ids: tuple[int, ...] = ()
 
 
 LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules")
+TEXT_OPTIONS = ("virtual_tokens", "init_text")
 TASK = "CAUSAL_LM"
 
 
@@ -38,7 +40,7 @@ class Method:
     """name, label: on the command line, and in tables and charts. family: methods that are compared with each other.
 
     config: of the settings and the model, which it may read. lr, embedded_lr: peak learning rates for a model of the
-    user's and for the embedded one. options: the fields of Settings that it takes. trains_base: weights of the base are
+    user's and for the embedded one. options: those of the command line that it takes. trains_base: weights of the base are
     trained, which are then held in float32. layerwise: layers join one after another during the run.
     """
 
@@ -85,9 +87,15 @@ def _above(settings: Settings, model: Any) -> PartialConfig:
     )  # fmt: skip
 
 
+def _start(settings: Settings) -> list[int]:
+    return [settings.init_ids[i % len(settings.init_ids)] for i in range(settings.virtual_tokens)]
+
+
 def _prompt(settings: Settings, model: nn.Module) -> PromptTuningConfig:
-    n = settings.virtual_tokens
-    return PromptTuningConfig(num_virtual_tokens=n, prompt_tuning_init="SAMPLE_VOCAB", task_type=TASK)
+    return PromptTuningConfig(
+        num_virtual_tokens=settings.virtual_tokens, prompt_tuning_init="TEXT", prompt_tuning_init_text="the start",
+        tokenizer=lambda text: _start(settings), task_type=TASK,
+    )  # fmt: skip
 
 
 def _p_tuning(settings: Settings, model: nn.Module) -> PTuningConfig:
@@ -106,7 +114,7 @@ _ALL = (
     ),
     Method("frozen-bottom", "bottom frozen", FULL, _above, 2e-5, 1.5e-3, ("layers",), trains_base=True),
     Method("top-layers", "top layers", FULL, _top, 2e-5, 1.5e-3, ("layers",), trains_base=True),
-    Method("prompt-tuning", "prompt tuning", PROMPTS, _prompt, 3e-2, 3e-2, ("virtual_tokens",)),
+    Method("prompt-tuning", "prompt tuning", PROMPTS, _prompt, 3e-2, 3e-2, TEXT_OPTIONS),
     Method("p-tuning", "P-tuning", PROMPTS, _p_tuning, 1e-3, 3e-3, ("virtual_tokens",)),
     Method("lora", "LoRA", LORA, lambda s, m: _lora(s), 2e-4, 7e-3, LORA_OPTIONS),
     Method("qlora", "QLoRA", LORA, lambda s, m: _lora(s, QLoRAConfig), 2e-4, 7e-3, LORA_OPTIONS),
@@ -119,11 +127,12 @@ def settings_of(method: Method, given: dict[str, Any], defaults: Settings) -> Se
 
     Raises UserError: an option that the method does not take.
     """
-    for name, value in given.items():
-        if value is not None and name not in method.options:
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in method.options:
             takes = ", ".join(flag(option) for option in method.options) or "none of its own"
             raise UserError(f"{flag(name)} is no option of --method {method.name} (it takes {takes})")
-    return replace(defaults, **{name: value for name, value in given.items() if value is not None})
+    return replace(defaults, **{name: value for name, value in given.items() if name != "init_text"})
 
 
 def flag(name: str) -> str:

@@ -23,6 +23,8 @@ from peft_ops.cli.finetune import sequence_length
         (["--data", "/nowhere.txt"], "--data /nowhere.txt: No such file"),
         (["--target-modules", "q_prj"], "q_proj"),
         (["--sequence-length", "65"], "--sequence-length 65: the model takes 64 tokens at most"),
+        (["--method", "prompt-tuning", "--init-text", ""], "--init-text '' has no tokens"),
+        (["--method", "lora", "--init-text", "x"], "--init-text is no option of --method lora"),
         (["--optim", "adamw8bit"], "--optim adamw8bit needs a GPU, got --device cpu"),
         (["--device", "meta"], "--device meta: expected cpu, cuda or cuda:N"),
         (["--device", "abacus"], "--device abacus: expected cpu, cuda or cuda:N"),
