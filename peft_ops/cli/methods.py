@@ -40,8 +40,8 @@ class Method:
     """name, label: on the command line, and in tables and charts. family: methods that are compared with each other.
 
     config: of the settings and the model, which it may read. lr, embedded_lr: peak learning rates for a model of the
-    user's and for the embedded one. options: those of the command line that it takes. trains_base: weights of the base are
-    trained, which are then held in float32. layerwise: layers join one after another during the run.
+    user's and for the embedded one. options: those of the command line that it takes. trains_base: weights of the base
+    are trained, which are then held in float32. layerwise: layers join one after another during the run.
     """
 
     name: str
