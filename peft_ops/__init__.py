@@ -6,6 +6,8 @@ from . import ops as ops
 from .checkpoint import load_adapter as load_adapter
 from .checkpoint import save_adapter as save_adapter
 from .tuning import LoRAConfig as LoRAConfig
+from .tuning import PrefixTuningConfig as PrefixTuningConfig
+from .tuning import PTuningV2Config as PTuningV2Config
 from .tuning import QLoRAConfig as QLoRAConfig
 from .tuning import adapt as adapt
 from .tuning import adapters_disabled as adapters_disabled

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..tuning.config import MethodConfig
 from ..tuning.lora_config import UNSUPPORTED, LoRAConfig
 
 _PEFT_VERSION = "0.21.2"  # whose format this is
@@ -15,13 +16,18 @@ _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 def config_to_peft(config: LoRAConfig, model: nn.Module) -> dict[str, Any]:
     """The fields that PEFT writes; a QLoRAConfig's own are left out: PEFT keeps quantisation with the base model."""
-    saved = {f.name: _jsonable(getattr(config, f.name)) for f in fields(LoRAConfig)}
+    saved = {f.name: jsonable(getattr(config, f.name)) for f in fields(LoRAConfig)}
+    return saved | common_fields(config, model, "LORA")
+
+
+def common_fields(config: MethodConfig, model: nn.Module, peft_type: str) -> dict[str, Any]:
+    """What PEFT writes for every method."""
     origin = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    return saved | {
+    return {
         "auto_mapping": origin if config.task_type is None else None,
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "inference_mode": True,
-        "peft_type": "LORA",
+        "peft_type": peft_type,
         "peft_version": _PEFT_VERSION,
         "revision": None,
     }
@@ -45,7 +51,8 @@ def config_from_peft(saved: dict[str, Any]) -> LoRAConfig:
     return LoRAConfig(**known | {"init_lora_weights": True})
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Collections as sorted lists."""
     if isinstance(value, Collection) and not isinstance(value, str | dict):
         return sorted(value)
     return value

@@ -7,9 +7,13 @@ from .adaptation import Adaptation, adaptation_of
 from .config import MethodConfig
 from .lora import LoRAAdaptation
 from .lora_config import LoRAConfig
+from .prefix import PrefixAdaptation, PTuningV2Adaptation
+from .prefix_config import PrefixTuningConfig, PTuningV2Config
 
 ADAPTATIONS: dict[type[MethodConfig], type[Adaptation]] = {
     LoRAConfig: LoRAAdaptation,
+    PrefixTuningConfig: PrefixAdaptation,
+    PTuningV2Config: PTuningV2Adaptation,
 }
 
 
