@@ -20,12 +20,13 @@ def config_to_peft(adaptation: PrefixAdaptation, model: nn.Module) -> dict[str, 
     """The fields that PEFT writes and, unknown to it, `method`, `places`, `dropout` and `layers`."""
     config, site = adaptation.config, adaptation.sites[0]
     encoder_decoder, layers = config_of(model).is_encoder_decoder, len(adaptation.at(site.place))
+    width, hidden = site.heads * site.key_dim, text_config(model).hidden_size
     saved = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _STARTS}
     return (
         saved
         | common_fields(config, model, "PREFIX_TUNING")
         | {
-            "encoder_hidden_size": config.encoder_hidden_size or text_config(model).hidden_size,
+            "encoder_hidden_size": config.encoder_hidden_size or (hidden if config.prefix_projection else width),
             "init_weights": None,
             "layers": layers,
             "method": next(name for name, kind in _KINDS.items() if type(config) is kind),
@@ -34,7 +35,7 @@ def config_to_peft(adaptation: PrefixAdaptation, model: nn.Module) -> dict[str, 
             "num_layers": 2 * layers if encoder_decoder else layers,
             _SUBMODULES: 2 if encoder_decoder else 1,
             "places": list(config.places),
-            "token_dim": site.heads * site.key_dim,
+            "token_dim": width,
         }
     )
 

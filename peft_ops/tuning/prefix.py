@@ -141,6 +141,10 @@ class PrefixAdaptation(Adaptation):
 
     def _prefix(self, model: nn.Module, site: AttentionSite) -> Prefix:
         config, module = self.config, model.get_submodule(site.path)
+        arguments: dict[str, Any] = _like(module) | {
+            "n": config.num_virtual_tokens, "heads": site.heads, "key_dim": site.key_dim, "value_dim": site.value_dim,
+            "config": module.config, "dropout": config.dropout, "zero": config.init_weights == "zero",
+        }  # fmt: skip
         if config.prefix_projection:
             return ProjectedPrefix(encoder=self.encoder(model, site.place), **arguments)
         prefix = Prefix(**arguments)
