@@ -324,3 +324,12 @@ def test_adapting_twice_is_refused():
     model = adapted("llama")
     with pytest.raises(ValueError, match="already adapted"):
         peft_ops.adapt(model, PrefixTuningConfig())
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_model_is_captured_whole(name):
+    model, given = adapted(name), inputs(name)
+    torch.compiler.reset()
+    captured = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(captured(**given).logits, model(**given).logits)
