@@ -11,5 +11,6 @@ def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 def dropout_arguments(p: float, seed: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, int, float]:
-    """(seed pointer, threshold, keep_scale) of a kernel with dropout p < 1; the pointer is not read at p = 0."""
-    return like if seed is None else seed, min(round(p * 2**16), 2**16 - 1), 1.0 / (1.0 - p)
+    """(seed pointer, threshold, keep_scale) of a kernel with dropout p; the pointer is not read at p = 0."""
+    keep_scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
+    return like if seed is None else seed, min(round(p * 2**16), 2**16 - 1), keep_scale

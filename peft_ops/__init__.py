@@ -10,8 +10,10 @@ from .tuning import LayerwiseSchedule as LayerwiseSchedule
 from .tuning import LoRAConfig as LoRAConfig
 from .tuning import MasterWeights as MasterWeights
 from .tuning import PartialConfig as PartialConfig
+from .tuning import PrefixTuningConfig as PrefixTuningConfig
 from .tuning import PromptTuningConfig as PromptTuningConfig
 from .tuning import PTuningConfig as PTuningConfig
+from .tuning import PTuningV2Config as PTuningV2Config
 from .tuning import QLoRAConfig as QLoRAConfig
 from .tuning import adapt as adapt
 from .tuning import adapters_disabled as adapters_disabled

@@ -17,6 +17,11 @@ METHODS = {
     "bottom frozen": lambda task: peft_ops.PartialConfig(frozen_bottom_layers=1, task_type=task),
     "prompt tuning": lambda task: peft_ops.PromptTuningConfig(num_virtual_tokens=3, task_type=task),
     "P-tuning": lambda task: peft_ops.PTuningConfig(num_virtual_tokens=3, task_type=task),
+    "prefix-tuning": lambda task: peft_ops.PrefixTuningConfig(num_virtual_tokens=3, task_type=task),
+    "prefix-tuning, projected": lambda task: peft_ops.PrefixTuningConfig(
+        num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8, task_type=task
+    ),
+    "P-tuning v2": lambda task: peft_ops.PTuningV2Config(num_virtual_tokens=3, dropout=0.1, task_type=task),
     "LoRA": lambda task: peft_ops.LoRAConfig(r=4, lora_dropout=0.1, target_modules="all-linear", task_type=task),
     "QLoRA": lambda task: peft_ops.QLoRAConfig(r=4, target_modules="all-linear", task_type=task),
 }

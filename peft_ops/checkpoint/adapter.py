@@ -15,15 +15,17 @@ from .files import read_json, write_files
 from .format import CONFIG_NAME, WEIGHTS_NAME, Format, check_tensors, existing, listed
 from .in_place import InPlace
 from .peft_lora import PeftLoRA
+from .peft_prefix import PeftPrefix
 from .peft_prompt import PeftPrompt
 
-FORMATS: tuple[Format, ...] = (PeftLoRA(), PeftPrompt(), InPlace())
+FORMATS: tuple[Format, ...] = (PeftLoRA(), PeftPrompt(), PeftPrefix(), InPlace())
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Write what was trained of an adapted model into the folder `path`.
 
-    LoRA, QLoRA: in Hugging Face PEFT's format, read by peft.PeftModel.from_pretrained. All files are written and
+    LoRA, QLoRA, prefix-tuning, P-tuning v2: in Hugging Face PEFT's format, read by peft.PeftModel.from_pretrained; an
+    encoder that training needs goes into adapter_training.safetensors beside it. All files are written and
     flushed under temporary names before they take the place of earlier ones: an interrupted save leaves those. Of a
     frozen base nothing is written.
 

@@ -17,16 +17,17 @@ _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 def config_to_peft(config: LoRAConfig, model: nn.Module) -> dict[str, Any]:
     """The fields that PEFT writes; a QLoRAConfig's own are left out: PEFT keeps quantisation with the base model."""
     saved = {f.name: jsonable(getattr(config, f.name)) for f in fields(LoRAConfig)}
-    return saved | common_fields(config, model) | {"peft_type": "LORA"}
+    return saved | common_fields(config, model, "LORA")
 
 
-def common_fields(config: MethodConfig, model: nn.Module) -> dict[str, Any]:
+def common_fields(config: MethodConfig, model: nn.Module, peft_type: str) -> dict[str, Any]:
     """What PEFT writes for every method."""
     origin = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return {
         "auto_mapping": origin if config.task_type is None else None,
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "inference_mode": True,
+        "peft_type": peft_type,
         "peft_version": _PEFT_VERSION,
         "revision": None,
     }

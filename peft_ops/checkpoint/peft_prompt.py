@@ -110,9 +110,11 @@ def _config_to_peft(model: nn.Module, adaptation: PromptAdaptation) -> dict[str,
         "num_attention_heads": getattr(text, "num_attention_heads", None),
         "num_transformer_submodules": 1,
     }
-    template = isinstance(config, PTuningConfig) and config.template is not None
-    named = {"peft_ops_method": _TEMPLATE} if template else {"peft_type": kind}
-    return saved | shape | common_fields(config, model) | named
+    saved |= shape | common_fields(config, model, kind)
+    if isinstance(config, PTuningConfig) and config.template is not None:
+        del saved["peft_type"]
+        saved["peft_ops_method"] = _TEMPLATE
+    return saved
 
 
 def _config_from_peft(saved: dict[str, Any]) -> PromptConfig:

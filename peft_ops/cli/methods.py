@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import FullConfig, LoRAConfig, PartialConfig, PromptTuningConfig, PTuningConfig, QLoRAConfig, adapt
+from .. import (
+    FullConfig,
+    LoRAConfig,
+    PartialConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PTuningConfig,
+    PTuningV2Config,
+    QLoRAConfig,
+    adapt,
+)  # fmt: skip
 from ..tuning.config import MethodConfig
 from .errors import UserError, as_user_error
 
@@ -103,6 +113,15 @@ def _p_tuning(settings: Settings, model: nn.Module) -> PTuningConfig:
     return PTuningConfig(num_virtual_tokens=n, encoder_reparameterization_type="LSTM", task_type=TASK)
 
 
+def _prefix(settings: Settings, model: nn.Module) -> PrefixTuningConfig:
+    n = settings.virtual_tokens
+    return PrefixTuningConfig(num_virtual_tokens=n, init_token_ids=_start(settings), task_type=TASK)
+
+
+def _p_tuning_v2(settings: Settings, model: nn.Module) -> PTuningV2Config:
+    return PTuningV2Config(num_virtual_tokens=settings.virtual_tokens, dropout=0.1, task_type=TASK)
+
+
 FULL, PROMPTS, ADAPTERS, LORA = "full and partial", "prompts", "adapters", "LoRA"
 # Learning rates for a model of the user's are those of the papers and of common practice; for the embedded model, those
 # with the lowest held-out loss of a few that were tried, about a factor of two apart.
@@ -116,6 +135,8 @@ _ALL = (
     Method("top-layers", "top layers", FULL, _top, 2e-5, 1.5e-3, ("layers",), trains_base=True),
     Method("prompt-tuning", "prompt tuning", PROMPTS, _prompt, 3e-2, 3e-2, TEXT_OPTIONS),
     Method("p-tuning", "P-tuning", PROMPTS, _p_tuning, 1e-3, 3e-3, ("virtual_tokens",)),
+    Method("prefix-tuning", "prefix-tuning", PROMPTS, _prefix, 5e-3, 3e-2, TEXT_OPTIONS),
+    Method("p-tuning-v2", "P-tuning v2", PROMPTS, _p_tuning_v2, 5e-3, 3e-2, ("virtual_tokens",)),
     Method("lora", "LoRA", LORA, lambda s, m: _lora(s), 2e-4, 7e-3, LORA_OPTIONS),
     Method("qlora", "QLoRA", LORA, lambda s, m: _lora(s, QLoRAConfig), 2e-4, 7e-3, LORA_OPTIONS),
 )  # fmt: skip

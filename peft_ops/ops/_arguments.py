@@ -61,9 +61,9 @@ def check_adapter(x: torch.Tensor, weight: torch.Tensor | NF4Weight, a: torch.Te
     check_device(x, lora_a=a, lora_b=b)
 
 
-def check_device(x: torch.Tensor, **others: torch.Tensor | None) -> None:
+def check_device(x: torch.Tensor, x_name: str = "x", /, **others: torch.Tensor | None) -> None:
     """Every tensor is a plain one (no DTensor) on the device of x."""
-    for name, t in {"x": x, **others}.items():
+    for name, t in {x_name: x, **others}.items():
         if t is None:
             continue
         if type(t) not in _PLAIN and hasattr(t, "to_local"):
@@ -72,7 +72,23 @@ def check_device(x: torch.Tensor, **others: torch.Tensor | None) -> None:
                 "torch.distributed.tensor.experimental.local_map, or pass to_local()"
             )
         if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, x on {x.device}: all must be on one device")
+            raise ValueError(f"{name} is on {t.device}, {x_name} on {x.device}: all must be on one device")
+
+
+def check_probability(name: str, p: float) -> float:
+    """p as a float in [0, 1]."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {p}")
+    return float(p)
+
+
+def mask_seed(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """int64 []: on the device and drawn by its generator, so that checkpointing replays it and CUDA graphs renew it."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, torch.Tensor):
+        return seed
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def autocast_input(x: torch.Tensor) -> torch.Tensor:

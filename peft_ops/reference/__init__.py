@@ -5,3 +5,4 @@ from . import linear_low_rank as linear_low_rank
 from . import low_rank as low_rank
 from . import nf4 as nf4
 from . import nf4_linear as nf4_linear
+from . import prefix_attention as prefix_attention

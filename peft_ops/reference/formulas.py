@@ -5,6 +5,7 @@ import torch
 
 from .dropout import dropout
 from .nf4 import nf4_dequantize
+from .prefix_attention import dropped_prefix
 
 
 def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -24,3 +25,32 @@ def lora_linear(
         base = nf4_linear(x, weight, bias)
     low_rank = dropout(x.to(torch.promote_types(x.dtype, a.dtype)), p, seed) @ a.t() @ b.t().to(a.dtype)
     return base + (scaling * low_rank).to(base.dtype)
+
+
+def prefix_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefix_key: torch.Tensor, prefix_value: torch.Tensor,
+    scaling: float, mask: torch.Tensor | None, is_causal: bool, prefix_bias: torch.Tensor | None,
+    dropout_p: float, prefix_p: float, prefix_seed: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """softmax([scaling · q pkᵀ + bias; scaling · q kᵀ + mask]) [pv; v], scores side by side; softmax in float32.
+
+    The heads of query that share a key head are rows of one product, so that no key is repeated.
+    """
+    (B, H, T, _), (heads, n, _), S = query.shape, prefix_key.shape, key.shape[2]
+    prefix_key, prefix_value = dropped_prefix(prefix_key, prefix_value, slice(0, B), B, prefix_p, prefix_seed)
+    wide = torch.promote_types(query.dtype, prefix_key.dtype)
+    rows = H // heads * T
+    grouped = query.reshape(B, heads, rows, query.shape[-1])
+    of_prefix = (grouped.to(wide) @ prefix_key.mT.to(wide) * scaling).view(B, H, T, n)
+    of_text = (grouped @ key.mT * scaling).view(B, H, T, S)
+    if prefix_bias is not None:
+        of_prefix = of_prefix + prefix_bias
+    if is_causal:
+        mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        of_text = of_text.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else of_text + mask
+    scores = torch.cat((of_prefix, of_text), -1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = torch.nn.functional.dropout(weights, dropout_p).view(B, heads, rows, n + S)
+    out = weights[..., :n].to(wide) @ prefix_value.to(wide) + weights[..., n:].to(value.dtype) @ value
+    return out.view(B, H, T, value.shape[-1]).to(query.dtype)

@@ -11,6 +11,8 @@ from .merge import eject as eject
 from .merge import merge as merge
 from .optimizer import optimizer_for as optimizer_for
 from .partial import PartialConfig as PartialConfig
+from .prefix_config import PrefixTuningConfig as PrefixTuningConfig
+from .prefix_config import PTuningV2Config as PTuningV2Config
 from .prompt_config import PromptTuningConfig as PromptTuningConfig
 from .prompt_config import PTuningConfig as PTuningConfig
 from .switch import adapters_disabled as adapters_disabled

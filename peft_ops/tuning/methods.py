@@ -9,6 +9,8 @@ from .full import FullAdaptation, FullConfig
 from .lora import LoRAAdaptation
 from .lora_config import LoRAConfig
 from .partial import PartialAdaptation, PartialConfig
+from .prefix import PrefixAdaptation, PTuningV2Adaptation
+from .prefix_config import PrefixTuningConfig, PTuningV2Config
 from .prompt import PromptAdaptation
 from .prompt_config import PromptTuningConfig, PTuningConfig
 
@@ -18,6 +20,8 @@ ADAPTATIONS: dict[type[MethodConfig], type[Adaptation]] = {
     PromptTuningConfig: PromptAdaptation,
     PTuningConfig: PromptAdaptation,
     PartialConfig: PartialAdaptation,
+    PrefixTuningConfig: PrefixAdaptation,
+    PTuningV2Config: PTuningV2Adaptation,
 }
 
 

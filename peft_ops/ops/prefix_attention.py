@@ -1,0 +1,172 @@
+"""Attention over [prefix; text] without concatenating keys and values, differentiable in all five."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .._backend import implementation
+from ..reference import formulas
+from . import _text_attention as text
+from ._arguments import autocast_input, check_device, check_probability, functorch_active, mask_seed, without_autocast
+
+OP = "prefix_attention"
+
+
+class _PrefixAttention(torch.autograd.Function):
+    """Saves references to its inputs, out, the log-sum-exp [B, H, T] and seeds: no joined keys, no weights, no mask.
+
+    The text's gradients are those of its own kernel, called with the merged out and log-sum-exp.
+    """
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx, query, key, value, prefix_key, prefix_value, mask, bias, seed, prefix_seed, scaling, is_causal,
+                p, prefix_p):  # fmt: skip
+        out, lse, state = text.attention(query, key, value, mask, is_causal, scaling, p)
+        out, _ = implementation(OP, query).prefix_merge_(
+            out, lse[..., : query.shape[2]], query, prefix_key, prefix_value, bias, scaling,
+            p, seed, prefix_p, prefix_seed,
+        )  # fmt: skip
+        of_text = any(ctx.needs_input_grad[:3])
+        saved = (key, value, mask) if of_text else (None, None, None)
+        tensors = tuple(t if isinstance(t, torch.Tensor) else None for t in state)
+        ctx.save_for_backward(query, *saved, prefix_key, prefix_value, bias, seed, prefix_seed, out, lse, *tensors)
+        ctx.state = tuple(None if isinstance(t, torch.Tensor) else t for t in state)
+        ctx.of_text, ctx.scalars = of_text, (scaling, is_causal, p, prefix_p)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx, dout):
+        query, key, value, mask, pk, pv, bias, seed, prefix_seed, out, lse, *tensors = ctx.saved_tensors
+        scaling, is_causal, p, prefix_p = ctx.scalars
+        needed, (dq, dk, dv) = ctx.needs_input_grad[:5], (None, None, None)
+        if ctx.of_text:
+            state = tuple(given if t is None else t for given, t in zip(ctx.state, tensors, strict=True))
+            dq, dk, dv = text.attention_gradients(dout, query, key, value, mask, out, lse, state, is_causal, scaling, p)
+        dq, dpk, dpv = implementation(OP, query).prefix_gradients(
+            dout, out, lse[..., : query.shape[2]], query, pk, pv, bias, dq if needed[0] else None, any(needed[3:]),
+            scaling, p, seed, prefix_p, prefix_seed,
+        )  # fmt: skip
+        dpk, dpv = (None if d is None else d.to(t.dtype) for d, t in ((dpk, pk), (dpv, pv)))
+        gradients = (d if need else None for d, need in zip((dq, dk, dv, dpk, dpv), needed, strict=True))
+        return *gradients, *(None,) * 8
+
+
+def prefix_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    scaling: float | None = None,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    prefix_bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    prefix_dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of query over the keys and values of a prefix, which all of the batch shares, and of the text.
+
+    The text goes through torch's own attention kernel and the prefix, n keys, through one launch more, which merges the
+    two by their log-sum-exp. Against concatenation nothing of the size of the text's keys and values is written or
+    kept: forward 2 B Hkv (n + S) D elements fewer, as many fewer saved. Where torch has no kernel that gives the
+    log-sum-exp (dropout_p > 0 on a CPU, D != Dv there, head dimensions no multiple of 8 on a GPU, functorch transforms)
+    scores are held side by side, in memory as SDPA's own fall-back.
+
+    Args:
+        query: [B, H, T, D], floating point; under autocast query, key and value are cast first, as by SDPA.
+        key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], the dtype of query; H is a multiple of Hkv; S may be 0.
+        prefix_key, prefix_value: [Hkv, n, D] and [Hkv, n, Dv], n >= 1, any floating dtype: a float32 prefix beside a
+            16-bit text is used as it is and gets float32 gradients.
+        scaling: of scores; D ** -0.5 by default.
+        mask: over the text alone, broadcastable to [B, H, T, S]: bool (True attends) or floating point to be added, in
+            which -inf and the lowest number of its dtype mean the same. A row that sees no text attends to the prefix.
+        is_causal: row t sees the text up to t, from the top left as in SDPA; not with a mask.
+        prefix_bias: added to the prefix's scores, finite, broadcastable to [H, T, n], or to that behind a leading 1.
+        dropout_p: of attention weights, of prefix and text alike.
+        prefix_dropout_p: of the prefix's keys and values, each its own mask in every batch row, in [0, 1], in steps of
+            2**-16 (P-tuning v2).
+        seed: of that mask, an int or a 0-dim int64 tensor on the device of query; None draws one from torch's generator
+            of that device. One seed gives one mask on every backend.
+
+    Returns: [B, H, T, Dv], the dtype of query.
+
+    Raises:
+        TypeError: a tensor that is not floating point (mask: or bool), of another dtype than query, or a DTensor.
+        ValueError: shapes that do not fit, a mask with is_causal, a mask or bias that requires a gradient, a
+            probability outside [0, 1], tensors on different devices.
+
+    Source: Li & Liang, "Prefix-Tuning", 2021, section 4; Liu et al., "P-Tuning v2", 2021; the gradient from out and
+        log-sum-exp: Dao et al., "FlashAttention", 2022, appendix B.
+    """
+    query, key, value = (autocast_input(t) if isinstance(t, torch.Tensor) else t for t in (query, key, value))
+    _check_tensors(query, key, value, prefix_key, prefix_value)
+    mask, bias = _check_masks(query, key, prefix_key, mask, is_causal, prefix_bias)
+    p, prefix_p = check_probability("dropout_p", dropout_p), check_probability("prefix_dropout_p", prefix_dropout_p)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    prefix_seed = mask_seed(seed, query.device) if prefix_p > 0.0 else None
+    tensors, is_causal = (query, key, value, prefix_key, prefix_value), bool(is_causal)
+    if functorch_active() or not text.is_covered(query, key, value, mask, is_causal, p):
+        return formulas.prefix_attention(*tensors, scaling, mask, is_causal, bias, p, prefix_p, prefix_seed)
+    weights_seed = mask_seed(None, query.device) if p > 0.0 else None
+    return _PrefixAttention.apply(
+        *tensors, mask, bias, weights_seed, prefix_seed, scaling, is_causal, p, prefix_p
+    )  # fmt: skip
+
+
+def _check_tensors(query, key, value, prefix_key, prefix_value) -> None:
+    named = {"query": query, "key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
+    for name, t in named.items():
+        if not isinstance(t, torch.Tensor) or not t.dtype.is_floating_point:
+            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    if query.dim() != 4 or query.shape[-1] < 1:
+        raise ValueError(f"query must be [B, H, T, D] with D >= 1, got {tuple(query.shape)}")
+    B, H, _, D = query.shape
+    if key.dim() != 4 or key.shape[0] != B or key.shape[1] < 1 or H % key.shape[1] or key.shape[3] != D:
+        raise ValueError(
+            f"key must be [{B}, Hkv, S, {D}] with Hkv a divisor of {H} to fit query, got {tuple(key.shape)}"
+        )
+    heads, S = key.shape[1:3]
+    if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value must be [{B}, {heads}, {S}, Dv] to fit key, got {tuple(value.shape)}")
+    if prefix_key.dim() != 3 or prefix_key.shape[::2] != (heads, D) or prefix_key.shape[1] < 1:
+        raise ValueError(f"prefix_key must be [{heads}, n, {D}] with n >= 1 to fit key, got {tuple(prefix_key.shape)}")
+    expected = (heads, prefix_key.shape[1], value.shape[3])
+    if prefix_value.shape != expected:
+        raise ValueError(
+            f"prefix_value must be {expected} to fit prefix_key and value, got {tuple(prefix_value.shape)}"
+        )
+    for name in ("key", "value"):
+        if named[name].dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {named[name].dtype}")
+    check_device(query, "query", key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value)
+
+
+def _check_masks(query, key, prefix_key, mask, is_causal, bias) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mask, and the bias as [H, T, n]."""
+    (B, H, T, _), S, n = query.shape, key.shape[2], prefix_key.shape[1]
+    if mask is not None and is_causal:
+        raise ValueError("mask and is_causal cannot be combined: put the causal part into the mask")
+    for name, t, also in (("mask", mask, torch.bool), ("prefix_bias", bias, None)):
+        if t is None:
+            continue
+        if not isinstance(t, torch.Tensor) or not (t.dtype.is_floating_point or t.dtype == also):
+            kinds = "a bool or floating-point tensor" if also else "a floating-point tensor"
+            raise TypeError(f"{name} must be {kinds}, got {getattr(t, 'dtype', type(t).__name__)}")
+        if t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, which prefix_attention does not give: pass {name}.detach()")
+    check_device(query, "query", mask=mask, prefix_bias=bias)
+    if mask is not None and not _broadcasts(mask, (B, H, T, S)):
+        raise ValueError(f"mask must be broadcastable to {(B, H, T, S)}, got {tuple(mask.shape)}")
+    if bias is None:
+        return mask, None
+    if not _broadcasts(bias, (1, H, T, n)):
+        raise ValueError(f"prefix_bias must be broadcastable to {(H, T, n)}, got {tuple(bias.shape)}")
+    return mask, (bias[0] if bias.dim() == 4 else bias).expand(H, T, n)
+
+
+def _broadcasts(t: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    sizes = tuple(t.shape)
+    return len(sizes) <= len(shape) and all(s in (1, of) for s, of in zip(sizes[::-1], shape[::-1], strict=False))
