@@ -9,11 +9,14 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 if find_spec("peft_ops.kernels") is None:  # the bare tree of `make gpu`, in a worker process of its own
     from benchmarks.tree import map_kernels
 
     map_kernels()
+
+_device_constructors()  # `with torch.device` keeps the list that this makes: of the real ones, not the poisoned
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..nn.nf4_linear import NF4Storage
 from .adaptation import Adaptation
-from .checkpointing import close_inputs, open_inputs
+from .checkpointing import close_embeddings, close_inputs, open_inputs
 from .config import MethodConfig, check_names
 from .layers import layer_stacks
 from .matching import is_within
@@ -57,7 +57,9 @@ class InPlaceAdaptation(Adaptation):
                 tensor.requires_grad_(True)
 
     def prepare_checkpointing(self, model: nn.Module) -> None:
-        if not self.opened:
+        if self.opened:
+            close_embeddings(model)
+        else:
             super().prepare_checkpointing(model)
 
     def off(self, model: nn.Module) -> AbstractContextManager[None]:
