@@ -21,6 +21,7 @@ from tiny_models import assert_as_it_was, bert, gpt2, llama, snapshot, t5, token
 from transformers.cache_utils import DynamicCache
 
 import peft_ops
+from numerics import assert_as_accurate
 from peft_ops import PrefixTuningConfig, PTuningV2Config
 from peft_ops.nn.prefix import Prefix
 
@@ -333,3 +334,32 @@ def test_places_choose_the_attention():
 def test_head_dim_may_differ_from_hidden_size_over_heads():
     model = peft_ops.adapt(qwen3(), PrefixTuningConfig(num_virtual_tokens=N))
     assert all(p.key.shape == (2, N, 16) for p in prefixes(model).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_outputs_and_gradients_are_as_accurate_as_joined_keys(name, dtype, device):
+    """Peer and truth join the prefix to the text in transformers' cache; the truth in float64."""
+    model = adapted(name).to(device, dtype)
+    given = {k: v.to(device) for k, v in inputs(name, padded=True).items()}
+    weights = torch.randn(2, 9, 64, device=device).masked_fill_(~given["attention_mask"][..., None].bool(), 0.0)
+    out = model(**given).logits
+    (out * weights).sum().backward()
+    peer, exact = (joined_keys(name, model, given, weights, kind) for kind in (dtype, torch.float64))
+    seen = given["attention_mask"].bool()
+    assert_as_accurate("logits", out[seen], peer[0][seen], exact[0][seen])
+    for (path, prefix), theirs, truth in zip(prefixes(model).items(), peer[1], exact[1], strict=True):
+        for i, own in enumerate((prefix.key.grad, prefix.value.grad)):
+            assert_as_accurate(f"{path} {i}", own, theirs[i], truth[i], times=3)
+
+
+def joined_keys(name, model, given, weights, dtype):
+    """(logits, gradients of every layer's keys and values) of a base model with the prefix in its cache."""
+    base = BUILDERS[name]().to(weights.device, model.dtype).to(dtype).requires_grad_(False)
+    rows = [[p.detach().to(dtype).requires_grad_() for p in prefix()] for prefix in prefixes(model).values()]
+    cache = DynamicCache([tuple(p.expand(2, -1, -1, -1) for p in row) for row in rows])
+    mask = torch.nn.functional.pad(given["attention_mask"], (N, 0), value=1)
+    positions = torch.arange(9, device=weights.device)[None] + N
+    logits = base(given["input_ids"], attention_mask=mask, past_key_values=cache, position_ids=positions).logits
+    (logits * weights.to(dtype)).sum().backward()
+    return logits, [[p.grad for p in row] for row in rows]
