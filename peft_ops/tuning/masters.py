@@ -31,7 +31,7 @@ class MasterWeights(Optimizer):
 
     Raises:
         TypeError: not an optimizer.
-        ValueError: it has state, kept in 16 bits, already.
+        ValueError: it has state already: it has stepped, or is one (Adagrad) that makes its state at once, in 16 bits.
 
     Source: Micikevicius et al., "Mixed Precision Training", 2018, section 3.1.
     """
@@ -40,7 +40,7 @@ class MasterWeights(Optimizer):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if optimizer.state:
-            raise ValueError("optimizer has stepped already: wrap it in MasterWeights before its first step")
+            raise ValueError("optimizer has state already: wrap it in MasterWeights before its first step")
         self.optimizer = optimizer
         self._masters: dict[torch.Tensor, torch.Tensor] = {}  # of a parameter
         self._versions: dict[torch.Tensor, int] = {}  # of a parameter when it was last rounded
