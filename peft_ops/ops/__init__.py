@@ -1,4 +1,6 @@
 """Differentiable operations: one autograd.Function and one public function per op."""
 
+from .dora_linear import dora_linear as dora_linear
+from .dora_linear import dora_norm as dora_norm
 from .lora_linear import lora_linear as lora_linear
 from .nf4_linear import nf4_linear as nf4_linear

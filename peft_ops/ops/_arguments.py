@@ -19,12 +19,7 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor | NF4Weight, bias: torch.
     """
     if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if not isinstance(weight, torch.Tensor | NF4Weight):
-        raise TypeError(f"weight must be a tensor or an NF4Weight, got {type(weight).__name__}")
-    if isinstance(weight, NF4Weight):
-        _check_bytes(weight)
-    if len(weight.shape) != 2:
-        raise ValueError(f"weight must be [out_features, in_features], got {tuple(weight.shape)}")
+    check_weight(weight)
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x must be [..., {k}] to fit weight {(n, k)}, got {tuple(x.shape)}")
@@ -32,7 +27,22 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor | NF4Weight, bias: torch.
         raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (outside autocast)")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias must be [{n}] to fit weight {(n, k)}, got {tuple(bias.shape)}")
-    check_device(x, weight=weight.packed if isinstance(weight, NF4Weight) else weight, bias=bias)
+    check_device(x, weight=stored(weight), bias=bias)
+
+
+def check_weight(weight: torch.Tensor | NF4Weight) -> None:
+    """[N, K], dense or NF4 with all the bytes that it needs."""
+    if not isinstance(weight, torch.Tensor | NF4Weight):
+        raise TypeError(f"weight must be a tensor or an NF4Weight, got {type(weight).__name__}")
+    if isinstance(weight, NF4Weight):
+        _check_bytes(weight)
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight must be [out_features, in_features], got {tuple(weight.shape)}")
+
+
+def stored(weight: torch.Tensor | NF4Weight) -> torch.Tensor:
+    """The tensor that a weight is, or the bytes that it is packed in."""
+    return weight.packed if isinstance(weight, NF4Weight) else weight
 
 
 def _check_bytes(weight: NF4Weight) -> None:
@@ -61,9 +71,19 @@ def check_adapter(x: torch.Tensor, weight: torch.Tensor | NF4Weight, a: torch.Te
     check_device(x, lora_a=a, lora_b=b)
 
 
-def check_device(x: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Every tensor is a plain one (no DTensor) on the device of x."""
-    for name, t in {"x": x, **others}.items():
+def check_magnitude(x: torch.Tensor, weight: torch.Tensor | NF4Weight, magnitude: torch.Tensor) -> None:
+    """[N], one for each row of weight [N, K]."""
+    if not isinstance(magnitude, torch.Tensor) or not magnitude.dtype.is_floating_point:
+        given = getattr(magnitude, "dtype", type(magnitude).__name__)
+        raise TypeError(f"magnitude must be a floating-point tensor, got {given}")
+    if magnitude.shape != weight.shape[:1]:
+        raise ValueError(f"magnitude must be [{weight.shape[0]}] to fit weight, got {tuple(magnitude.shape)}")
+    check_device(x, magnitude=magnitude)
+
+
+def check_device(x: torch.Tensor, _name: str = "x", **others: torch.Tensor | None) -> None:
+    """Every tensor is a plain one (no DTensor) on the device of x, which messages call by `_name`."""
+    for name, t in {_name: x, **others}.items():
         if t is None:
             continue
         if type(t) not in _PLAIN and hasattr(t, "to_local"):
@@ -72,7 +92,7 @@ def check_device(x: torch.Tensor, **others: torch.Tensor | None) -> None:
                 "torch.distributed.tensor.experimental.local_map, or pass to_local()"
             )
         if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, x on {x.device}: all must be on one device")
+            raise ValueError(f"{name} is on {t.device}, {_name} on {x.device}: all must be on one device")
 
 
 def autocast_input(x: torch.Tensor) -> torch.Tensor:
@@ -98,3 +118,12 @@ def without_autocast(method: Callable) -> Callable:
 def functorch_active() -> bool:
     """Inside torch.vmap, torch.func.grad and the like, which a Function with saved intermediates cannot enter."""
     return torch._C._are_functorch_transforms_active()
+
+
+def mask_seed(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """int64 []: on the device and drawn by its generator, so that checkpointing replays it and CUDA graphs renew it."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, torch.Tensor):
+        return seed
+    return torch.full((), seed, dtype=torch.int64, device=device)

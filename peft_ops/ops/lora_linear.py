@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 from .._backend import implementation
 from ..nf4 import NF4Weight
 from ..reference import formulas
-from ._arguments import autocast_input, check_adapter, check_linear, functorch_active, without_autocast
+from ._arguments import autocast_input, check_adapter, check_linear, functorch_active, mask_seed, without_autocast
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -77,7 +77,7 @@ def lora_linear(
     check_adapter(x, weight, lora_a, lora_b)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    seed = _mask_seed(seed, x.device) if 0.0 < dropout_p < 1.0 else None
+    seed = mask_seed(seed, x.device) if 0.0 < dropout_p < 1.0 else None
     flat, scaling, p = x.reshape(x.shape[:-1].numel(), x.shape[-1]), float(scaling), float(dropout_p)
     dense, nf4 = (None, weight) if isinstance(weight, NF4Weight) else (weight, None)
     if functorch_active():
@@ -85,12 +85,3 @@ def lora_linear(
     else:
         y = _LoRALinear.apply(flat, dense, bias, lora_a, lora_b, seed, nf4, scaling, p)
     return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _mask_seed(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """int64 []: on the device and drawn by its generator, so that checkpointing replays it and CUDA graphs renew it."""
-    if seed is None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, torch.Tensor):
-        return seed
-    return torch.full((), seed, dtype=torch.int64, device=device)

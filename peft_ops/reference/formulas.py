@@ -3,6 +3,7 @@ torch.vmap and torch.func transforms. x [M, K]; float32 adapters on a 16-bit x a
 
 import torch
 
+from .dora import NORM_FLOOR
 from .dropout import dropout
 from .nf4 import nf4_dequantize
 
@@ -24,3 +25,24 @@ def lora_linear(
         base = nf4_linear(x, weight, bias)
     low_rank = dropout(x.to(torch.promote_types(x.dtype, a.dtype)), p, seed) @ a.t() @ b.t().to(a.dtype)
     return base + (scaling * low_rank).to(base.dtype)
+
+
+def dora_linear(
+    x: torch.Tensor, weight, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor,
+    scaling: float, p: float, seed: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """(magnitude / ‖W + scaling · b a‖) ∘ (x Wᵀ + scaling · drop(x) aᵀ bᵀ) + bias, the norm of each row detached."""
+    g = magnitude / dora_norm(weight, a, b, scaling)
+    y = g * lora_linear(x, weight, None, a, b, scaling, p, seed)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def dora_norm(weight, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """‖W + scaling · b a‖ of each row, a constant to autograd."""
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    if isinstance(weight, torch.Tensor):
+        w = weight.to(torch.promote_types(wide, weight.dtype))
+    else:
+        w = nf4_dequantize(weight, wide).view(weight.shape)
+    w = w.detach() + scaling * (b.detach().to(w.dtype) @ a.detach().to(w.dtype))
+    return torch.linalg.vector_norm(w, dim=1).clamp_min(NORM_FLOOR)
