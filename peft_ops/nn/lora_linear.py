@@ -45,23 +45,27 @@ class LoRALinear(nn.Module):
         self._share_base(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
         self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, True)
 
-    @staticmethod
+    @classmethod
     def from_linear(
-        linear: nn.Module, r: int = 8, lora_alpha: float = 16, lora_dropout: float = 0.0, use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
+        cls, linear: nn.Module, r: int = 8, lora_alpha: float = 16, lora_dropout: float = 0.0, use_rslora: bool = False,
+        init_lora_weights: bool | str = True, use_dora: bool = False,
     ) -> "LoRALinear":  # fmt: skip
         """An adapter over the very tensors of an nn.Linear, a Conv1D or an NF4Linear, which are frozen, not copied.
 
         init_lora_weights: True as above; 'gaussian' draws A from N(0, 1/r²); False draws B like A, for tests.
+        use_dora: gives a DoRALinear, as DoRALinear.from_linear does without it.
 
         Raises:
             TypeError: another kind of layer.
             ValueError: r < 1, lora_dropout outside [0, 1], an unknown initialisation.
         """
+        from .dora_linear import DoRALinear, NF4DoRALinear
         from .nf4_lora_linear import NF4LoRALinear
 
         check_adapter_arguments(r, lora_alpha, lora_dropout, init_lora_weights)
-        kind = NF4LoRALinear if isinstance(linear, NF4Linear) else LoRALinear
+        use_dora = use_dora or issubclass(cls, DoRALinear)
+        dense, nf4 = (DoRALinear, NF4DoRALinear) if use_dora else (LoRALinear, NF4LoRALinear)
+        kind = nf4 if isinstance(linear, NF4Linear) else dense
         layer = kind.__new__(kind)
         nn.Module.__init__(layer)
         layer._share_base(linear)
@@ -94,7 +98,7 @@ class LoRALinear(nn.Module):
 
     def _freeze_base(self) -> None:
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in ("lora_A", "lora_B"))
+            parameter.requires_grad_(name.startswith("lora_"))
 
     def _matrix(self) -> torch.Tensor | NF4Weight:
         """The base weight as the ops take it: [out, in], dense or NF4."""
@@ -117,17 +121,20 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
-        """W + scaling · B A [out, in], computed in float32 (or float64) and rounded once to the dtype of the weight.
+        """The weight with the adapter in it [out, in], computed in float32 (or float64) and rounded once to its dtype.
 
         Raises:
             ValueError: the result holds NaN or infinite values.
         """
         wide = torch.promote_types(torch.promote_types(self.weight.dtype, self.lora_B.dtype), torch.float32)
-        merged = self._wide_base(wide).addmm_(self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling)
-        merged = merged.to(self.weight.dtype)
+        merged = self._adapted_weight(wide).to(self.weight.dtype)
         if not merged.is_meta and not torch.isfinite(merged).all():
-            raise ValueError("merging lora_A and lora_B into weight gives NaN or infinite values; nothing was changed")
+            raise ValueError("merging the adapter into weight gives NaN or infinite values; nothing was changed")
         return merged
+
+    def _adapted_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """A fresh W + scaling · B A."""
+        return self._wide_base(dtype).addmm_(self.lora_B.to(dtype), self.lora_A.to(dtype), alpha=self.scaling)
 
     def _wide_base(self, dtype: torch.dtype) -> torch.Tensor:
         """A fresh [out, in] copy of the base weight."""
