@@ -17,6 +17,7 @@ class DoRALinear(LoRALinear):
     Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, equation 5; the norm detached (4.3).
     """
 
+    ADAPTER = (*LoRALinear.ADAPTER, "lora_magnitude_vector")
     lora_magnitude_vector: nn.Parameter
 
     def _add_adapter(self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, init: bool | str) -> None:

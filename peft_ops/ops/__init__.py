@@ -2,5 +2,6 @@
 
 from .dora_linear import dora_linear as dora_linear
 from .dora_linear import dora_norm as dora_norm
+from .lora_embedding import lora_embedding as lora_embedding
 from .lora_linear import lora_linear as lora_linear
 from .nf4_linear import nf4_linear as nf4_linear

@@ -46,3 +46,18 @@ def dora_norm(weight, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch
         w = nf4_dequantize(weight, wide).view(weight.shape)
     w = w.detach() + scaling * (b.detach().to(w.dtype) @ a.detach().to(w.dtype))
     return torch.linalg.vector_norm(w, dim=1).clamp_min(NORM_FLOOR)
+
+
+def lora_embedding(
+    x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float,
+    padding_idx: int | None = None, scale_grad_by_freq: bool = False, embed_scale: float | torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """embed_scale · (weight[x] + scaling · a[:, x]ᵀ bᵀ)."""
+
+    def rows(table: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(x, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+
+    base, low_rank = rows(weight), scaling * (rows(a.t()) @ b.t().to(a.dtype))
+    if embed_scale is not None:
+        base, low_rank = base * embed_scale, low_rank * embed_scale
+    return base + low_rank.to(base.dtype)

@@ -114,6 +114,15 @@ def test_dora_linear(captured, base, p):
 
 
 @pytest.mark.unpoisoned
+def test_lora_embedding(captured):
+    names, compiled = captured
+    x, weight = torch.randint(0, 64, (200,)), torch.randn(64, 32)
+    a, b = torch.randn(4, 64, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    compiled(lambda a, b: ops.lora_embedding(x, weight, a, b, 0.5))(a, b).sum().backward()
+    assert names.count("_low_rank_update_kernel") == names.count("_low_rank_gradients_kernel") == 1
+
+
+@pytest.mark.unpoisoned
 def test_nf4_linear(captured):
     names, compiled = captured
     weight, x = nf4_weight(torch.randn(32, 64)), torch.randn(200, 64, requires_grad=True)
