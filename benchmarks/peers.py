@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peft_ops import nf4
-from peft_ops.nn import LoRALinear, NF4Linear
+from peft_ops.nn import DoRALinear, LoRALinear, NF4Linear
 
 R, ALPHA = 16, 32
 BLOCKSIZE = 64
@@ -38,12 +38,20 @@ def ours_qlora(linear: nn.Linear, p: float) -> nn.Module:
     return LoRALinear.from_linear(ours_nf4(linear, p), r=R, lora_alpha=ALPHA, lora_dropout=p)
 
 
-def peft_lora(linear: nn.Linear, p: float) -> nn.Module:
+def ours_dora(linear: nn.Linear, p: float) -> nn.Module:
+    return DoRALinear.from_linear(linear, r=R, lora_alpha=ALPHA, lora_dropout=p)
+
+
+def peft_dora(linear: nn.Linear, p: float) -> nn.Module:
+    return peft_lora(linear, p, use_dora=True)
+
+
+def peft_lora(linear: nn.Linear, p: float, use_dora: bool = False) -> nn.Module:
     """PEFT's layer, eager, with the float32 adapters that get_peft_model makes on a 16-bit base."""
     peft = _needs("peft")
     model = nn.Sequential(linear)
     model.is_loaded_in_4bit = type(linear).__name__ == "Linear4bit"
-    config = peft.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=p, target_modules=["0"])
+    config = peft.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=p, target_modules=["0"], use_dora=use_dora)
     return peft.get_peft_model(model, config).base_model.model[0]
 
 
@@ -95,6 +103,7 @@ class _Addmm(torch.autograd.Function):
 
 LORA = {"peft-ops": ours_lora, "nn.Linear": frozen_linear, "PEFT": peft_lora, "addmm": addmm_lora}
 NF4_LINEAR = {"peft-ops": ours_nf4, "nn.Linear": frozen_linear, "bitsandbytes": bitsandbytes_linear}
+DORA = {"peft-ops": ours_dora, "LoRA": ours_lora, "nn.Linear": frozen_linear, "PEFT": peft_dora}
 QLORA = {"peft-ops": ours_qlora, "nn.Linear": frozen_linear, "PEFT + bitsandbytes": peft_qlora}
 
 

@@ -17,6 +17,7 @@ PICTURES = {
     "lora_linear": ("lora_linear forward", "lora_linear forward + backward"),
     "nf4": ("nf4 quantize", "nf4 dequantize"),
     "nf4_linear": ("nf4_linear forward", "nf4_linear forward + backward", "qlora_linear forward + backward"),
+    "dora_linear": ("dora_linear forward + backward",),
 }
 
 
@@ -164,7 +165,7 @@ def draw(results: dict, out: Path) -> list[str]:
 
 def panel_of(panel, op: str, rows: dict[tuple, dict]) -> None:
     colours = {OURS: "black", FLOOR: "tab:gray", "PEFT": "tab:orange", "PEFT + bitsandbytes": "tab:orange",
-               "addmm": "tab:blue", "bitsandbytes": "tab:green"}  # fmt: skip
+               "addmm": "tab:blue", "LoRA": "tab:blue", "bitsandbytes": "tab:green"}  # fmt: skip
     labels = [" ".join(filter(None, (f"M={m}" if m else "", f"{n}×{k}", variant))) for n, k, m, variant in rows]
     names = contenders(rows)
     for i, name in enumerate(names):

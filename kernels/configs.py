@@ -28,6 +28,22 @@ LAUNCH = {
         "fp32": dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
         "gfx": dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
     },
+    "dora_norm": {  # ranks above BLOCK_R are walked: the tile of W is what has to fit
+        "default": dict(BLOCK_N=64, BLOCK_K=64, BLOCK_R=16, num_warps=8, num_stages=3),
+        "gfx": dict(BLOCK_N=64, BLOCK_K=64, BLOCK_R=16, num_warps=8, num_stages=2),
+    },
+    "nf4_dora_norm": {
+        "default": dict(BLOCK_N=64, BLOCK_K=64, BLOCK_R=16, num_warps=8, num_stages=3),
+        "gfx": dict(BLOCK_N=64, BLOCK_K=64, BLOCK_R=16, num_warps=8, num_stages=2),
+    },
+    "dora_update": {
+        "default": dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
+        "fp32": dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+        "gfx": dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
+    },
+    "dora_gradients": {
+        "default": dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2),
+    },
     "linear_low_rank": {
         "default": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3),
         "gfx": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=2),

@@ -7,6 +7,7 @@ directions, a weight is code · absmax in float32, rounded once to the dtype of 
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -164,22 +165,29 @@ def _sum_splits(part: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtyp
 
 
 def _slab_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tensor:
-    N, K = weight.shape
+    N = weight.shape[0]
     bias = None if bias is None else bias.to(x.dtype)
-    align = weight.blocksize // math.gcd(K, weight.blocksize)
-    rows = configs.nf4_slab(N, K * x.element_size(), align)
-    slab = torch.empty(rows, K, dtype=x.dtype, device=x.device)
-    if rows == N:
-        return torch.nn.functional.linear(x, _decode_into(slab, weight, 0, None), bias)
-    y = x.new_empty(x.shape[0], N)
-    for start in range(0, N, rows):
-        part = slice(start, min(start + rows, N))
-        w = _decode_into(slab[: part.stop - start], weight, start * K // weight.blocksize, None)
+    y = None
+    for rows, w in _decoded_slabs(weight, x.dtype):
+        if rows == slice(0, N):
+            return torch.nn.functional.linear(x, w, bias)
+        y = x.new_empty(x.shape[0], N) if y is None else y
         if bias is None:
-            torch.mm(x, w.t(), out=y[:, part])
+            torch.mm(x, w.t(), out=y[:, rows])
         else:
-            torch.addmm(bias[part], x, w.t(), out=y[:, part])
-    return y
+            torch.addmm(bias[rows], x, w.t(), out=y[:, rows])
+    return x.new_empty(x.shape[0], N) if y is None else y
+
+
+def _decoded_slabs(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, deq(W)[rows]): as many rows at a time as stay in the L2 cache, each in the memory of the last."""
+    N, K = weight.shape
+    align = weight.blocksize // math.gcd(K, weight.blocksize)
+    rows = configs.nf4_slab(N, K * dtype.itemsize, align)
+    slab = torch.empty(rows, K, dtype=dtype, device=weight.packed.device)
+    for start in range(0, N, max(1, rows)):
+        part = slice(start, min(start + rows, N))
+        yield part, _decode_into(slab[: part.stop - start], weight, start * K // weight.blocksize, None)
 
 
 def _slab_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:

@@ -34,6 +34,24 @@ def test_lora_contenders_compute_what_ours_computes(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_dora_contenders_compute_the_same():
+    linear = nn.Linear(24, 16, bias=False).requires_grad_(False)
+    values = torch.randn(peers.R, 24), torch.randn(16, peers.R), torch.rand(16)
+    x, dy = torch.randn(5, 24, requires_grad=True), torch.randn(5, 16)
+    results = []
+    for build in (peers.ours_dora, peers.peft_dora):
+        layer = build(linear, 0.0)
+        adapters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        adapters.sort(key=lambda parameter: [value.shape for value in values].index(parameter.shape))
+        with torch.no_grad():
+            for parameter, value in zip(adapters, values, strict=True):
+                parameter.copy_(value)
+        results.append(torch.autograd.grad(layer(x), [x, *adapters], dy))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.norm() > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_peft_adapters_are_float32_on_a_16_bit_base():
     layer = peers.peft_lora(nn.Linear(8, 8, bias=False, dtype=torch.bfloat16), 0.1)
     assert {p.dtype for name, p in layer.named_parameters() if "lora_" in name} == {torch.float32}

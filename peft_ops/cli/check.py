@@ -93,7 +93,9 @@ def _errors(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
         "x": randn(M, K).to(dtype), "bias": randn(N).to(dtype),
         "a": randn(R, K, scale=K**-0.5), "b": randn(N, R, scale=R**-0.5),
     }  # fmt: skip
-    dy = randn(M, N).to(dtype)
+    dy, magnitude = randn(M, N).to(dtype), randn(N)
+    table = {"weight": w.t(), "a": randn(R, K, scale=K**-0.5), "b": inputs["b"]}
+    yield from _compare("lora_embedding", _lora_embedding, torch.arange(M, device=device) * 7 % K, table, dy)
     weights: dict[str, torch.Tensor | NF4Weight] = {"dense": w}
     for name, nested in (("nf4", False), ("nf4 nested", True)):
         packed = weights[name] = nf4.quantize(w, double_quant=nested)
@@ -104,6 +106,11 @@ def _errors(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
     for name, weight in weights.items():
         for p in (0.0, _P):
             yield from _compare(f"lora_linear, {name}, p={p:g}", partial(_lora_linear, p), weight, inputs, dy)
+        a, b = inputs["a"], inputs["b"]
+        plain, truth = (formulas.dora_norm(weight, a.to(t), b.to(t), _SCALING) for t in (a.dtype, torch.float64))
+        yield f"dora_norm, {name}", "norm", *_against(ops.dora_norm(weight, a, b, _SCALING), plain, truth)
+        scaled = inputs | {"magnitude": magnitude}
+        yield from _compare(f"dora_linear, {name}, p={_P:g}", _dora_linear, weight, scaled, dy)
 
 
 def _nf4_linear(package, weight, x, bias):
@@ -112,6 +119,15 @@ def _nf4_linear(package, weight, x, bias):
 
 def _lora_linear(p, package, weight, x, bias, a, b):
     return package.lora_linear(x, weight, bias, a, b, _SCALING, p, torch.tensor(_SEED, device=x.device))
+
+
+def _dora_linear(package, weight, x, bias, a, b, magnitude):
+    seed = torch.tensor(_SEED, device=x.device)
+    return package.dora_linear(x, weight, bias, a, b, magnitude, _SCALING, _P, seed)
+
+
+def _lora_embedding(package, x, weight, a, b):
+    return package.lora_embedding(x, weight, a, b, _SCALING)
 
 
 def _compare(

@@ -1,4 +1,6 @@
 """Drop-in layers: thin modules around the ops."""
 
+from .dora_linear import DoRALinear as DoRALinear
+from .lora_embedding import LoRAEmbedding as LoRAEmbedding
 from .lora_linear import LoRALinear as LoRALinear
 from .nf4_linear import NF4Linear as NF4Linear

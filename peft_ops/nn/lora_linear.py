@@ -1,7 +1,7 @@
 """A linear layer with a low-rank adapter beside it."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -9,10 +9,11 @@ from torch import nn
 from ..nf4 import NF4Weight
 from ..ops import lora_linear
 from .linear_like import check_linear, is_conv1d
+from .lora_layer import LoRALayer
 from .nf4_linear import NF4Linear
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(LoRALayer):
     """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ with W and bias frozen and A, B trained.
 
     `weight` and `bias` have the names and the layout of the layer replaced, so its checkpoints load; `lora_A` [r, in]
@@ -30,10 +31,9 @@ class LoRALinear(nn.Module):
     Source: Hu et al., "LoRA", 2021, section 4.1; Kalajdzievski, "A Rank Stabilization Scaling Factor", 2023.
     """
 
+    ADAPTER: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     weight: nn.Parameter | NF4Weight  # [out, in]; [in, out] where fan_in_fan_out
     bias: nn.Parameter | None
-    adapter_enabled: bool = True  # False: the base layer alone
-    _original: dict[str, torch.Tensor] | None = None  # the base tensors that merge() replaced
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, r: int = 8, lora_alpha: float = 16,
@@ -45,23 +45,27 @@ class LoRALinear(nn.Module):
         self._share_base(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
         self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, True)
 
-    @staticmethod
+    @classmethod
     def from_linear(
-        linear: nn.Module, r: int = 8, lora_alpha: float = 16, lora_dropout: float = 0.0, use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
+        cls, linear: nn.Module, r: int = 8, lora_alpha: float = 16, lora_dropout: float = 0.0, use_rslora: bool = False,
+        init_lora_weights: bool | str = True, use_dora: bool = False,
     ) -> "LoRALinear":  # fmt: skip
         """An adapter over the very tensors of an nn.Linear, a Conv1D or an NF4Linear, which are frozen, not copied.
 
         init_lora_weights: True as above; 'gaussian' draws A from N(0, 1/r²); False draws B like A, for tests.
+        use_dora: gives a DoRALinear, as DoRALinear.from_linear does without it.
 
         Raises:
             TypeError: another kind of layer.
             ValueError: r < 1, lora_dropout outside [0, 1], an unknown initialisation.
         """
+        from .dora_linear import DoRALinear, NF4DoRALinear
         from .nf4_lora_linear import NF4LoRALinear
 
         check_adapter_arguments(r, lora_alpha, lora_dropout, init_lora_weights)
-        kind = NF4LoRALinear if isinstance(linear, NF4Linear) else LoRALinear
+        use_dora = use_dora or issubclass(cls, DoRALinear)
+        dense, nf4 = (DoRALinear, NF4DoRALinear) if use_dora else (LoRALinear, NF4LoRALinear)
+        kind = nf4 if isinstance(linear, NF4Linear) else dense
         layer = kind.__new__(kind)
         nn.Module.__init__(layer)
         layer._share_base(linear)
@@ -71,9 +75,7 @@ class LoRALinear(nn.Module):
     def _share_base(self, linear: nn.Module) -> None:
         check_linear(linear)
         self.fan_in_fan_out = is_conv1d(linear)
-        self._base_class = type(linear)
-        self._base_attributes = {k: v for k, v in vars(linear).items() if not k.startswith("_") and k != "training"}
-        vars(self).update(self._base_attributes)
+        self._share_attributes(linear)
         self.register_parameter("weight", linear._parameters["weight"])
         self.register_parameter("bias", linear._parameters.get("bias"))
         self.out_features, self.in_features = self._matrix().shape
@@ -92,10 +94,6 @@ class LoRALinear(nn.Module):
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
         self._freeze_base()
 
-    def _freeze_base(self) -> None:
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in ("lora_A", "lora_B"))
-
     def _matrix(self) -> torch.Tensor | NF4Weight:
         """The base weight as the ops take it: [out, in], dense or NF4."""
         assert isinstance(self.weight, torch.Tensor)
@@ -110,24 +108,9 @@ class LoRALinear(nn.Module):
         p = self.lora_dropout if self.training else 0.0
         return lora_linear(x, self._matrix(), self.bias, self.lora_A, self.lora_B, self.scaling, p)
 
-    @property
-    def merged(self) -> bool:
-        """The adapter is inside the weight, and forward is the base layer's."""
-        return self._original is not None
-
-    @torch.no_grad()
-    def merged_weight(self) -> torch.Tensor:
-        """W + scaling · B A [out, in], computed in float32 (or float64) and rounded once to the dtype of the weight.
-
-        Raises:
-            ValueError: the result holds NaN or infinite values.
-        """
-        wide = torch.promote_types(torch.promote_types(self.weight.dtype, self.lora_B.dtype), torch.float32)
-        merged = self._wide_base(wide).addmm_(self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling)
-        merged = merged.to(self.weight.dtype)
-        if not merged.is_meta and not torch.isfinite(merged).all():
-            raise ValueError("merging lora_A and lora_B into weight gives NaN or infinite values; nothing was changed")
-        return merged
+    def _adapted_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """A fresh W + scaling · B A."""
+        return self._wide_base(dtype).addmm_(self.lora_B.to(dtype), self.lora_A.to(dtype), alpha=self.scaling)
 
     def _wide_base(self, dtype: torch.dtype) -> torch.Tensor:
         """A fresh [out, in] copy of the base weight."""
@@ -139,27 +122,6 @@ class LoRALinear(nn.Module):
         """What to store for a base weight of these values [out, in]."""
         return {"weight": nn.Parameter(matrix.t().contiguous() if self.fan_in_fan_out else matrix, requires_grad=False)}
 
-    def merge(self) -> None:
-        """Put the adapter into a new base weight; the original is kept, so unmerge() restores it exactly.
-
-        Tied weights are not written to: this layer gets a weight of its own until unmerge(). Nothing where merged.
-        """
-        if self.merged:
-            return
-        tensors = self._base_tensors(self.merged_weight())
-        self._original = {name: getattr(self, name) for name in tensors}
-        self._set_base(tensors)
-
-    def unmerge(self) -> None:
-        """Undo merge(), to the bit. Nothing where not merged."""
-        if self._original is not None:
-            self._set_base(self._original)
-            self._original = None
-
-    def _set_base(self, tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            setattr(self, name, tensor)
-
     def to_linear(self) -> nn.Module:
         """The layer that was replaced, of its own class, with the adapter merged in; the bias is shared.
 
@@ -167,28 +129,15 @@ class LoRALinear(nn.Module):
             ValueError: the merged weight holds NaN or infinite values.
         """
         weight = self._parameters["weight"] if self.merged else self._base_tensors(self.merged_weight())["weight"]
-        layer = self._base_class.__new__(self._base_class)
-        nn.Module.__init__(layer)
-        vars(layer).update(self._base_attributes)
-        layer.register_parameter("weight", weight)
-        layer.register_parameter("bias", self.bias)
-        return layer.train(self.training)
+        return self._rebuilt(weight=weight, bias=self.bias)
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        for tensor in (self._original or {}).values():
-            tensor.data = self._base_fn(fn)(tensor.data)
-        return self
-
-    def _base_fn(self, fn):
-        return fn
+    def to_base(self) -> nn.Module:
+        return self.to_linear()
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, scaling={self.scaling:g}"
-            + (", merged" if self.merged else "")
-            + ("" if self.adapter_enabled else ", adapter disabled")
+            + self._repr_of_adapter()
         )
 
 

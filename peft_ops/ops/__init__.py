@@ -1,5 +1,8 @@
 """Differentiable operations: one autograd.Function and one public function per op."""
 
+from .dora_linear import dora_linear as dora_linear
+from .dora_linear import dora_norm as dora_norm
+from .lora_embedding import lora_embedding as lora_embedding
 from .lora_linear import lora_linear as lora_linear
 from .nf4_linear import nf4_linear as nf4_linear
 from .prefix_attention import prefix_attention as prefix_attention

@@ -19,12 +19,7 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor | NF4Weight, bias: torch.
     """
     if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if not isinstance(weight, torch.Tensor | NF4Weight):
-        raise TypeError(f"weight must be a tensor or an NF4Weight, got {type(weight).__name__}")
-    if isinstance(weight, NF4Weight):
-        _check_bytes(weight)
-    if len(weight.shape) != 2:
-        raise ValueError(f"weight must be [out_features, in_features], got {tuple(weight.shape)}")
+    check_weight(weight)
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x must be [..., {k}] to fit weight {(n, k)}, got {tuple(x.shape)}")
@@ -32,7 +27,22 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor | NF4Weight, bias: torch.
         raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (outside autocast)")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias must be [{n}] to fit weight {(n, k)}, got {tuple(bias.shape)}")
-    check_device(x, weight=weight.packed if isinstance(weight, NF4Weight) else weight, bias=bias)
+    check_device(x, weight=stored(weight), bias=bias)
+
+
+def check_weight(weight: torch.Tensor | NF4Weight) -> None:
+    """[N, K], dense or NF4 with all the bytes that it needs."""
+    if not isinstance(weight, torch.Tensor | NF4Weight):
+        raise TypeError(f"weight must be a tensor or an NF4Weight, got {type(weight).__name__}")
+    if isinstance(weight, NF4Weight):
+        _check_bytes(weight)
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight must be [out_features, in_features], got {tuple(weight.shape)}")
+
+
+def stored(weight: torch.Tensor | NF4Weight) -> torch.Tensor:
+    """The tensor that a weight is, or the bytes that it is packed in."""
+    return weight.packed if isinstance(weight, NF4Weight) else weight
 
 
 def _check_bytes(weight: NF4Weight) -> None:
@@ -61,8 +71,18 @@ def check_adapter(x: torch.Tensor, weight: torch.Tensor | NF4Weight, a: torch.Te
     check_device(x, lora_a=a, lora_b=b)
 
 
+def check_magnitude(x: torch.Tensor, weight: torch.Tensor | NF4Weight, magnitude: torch.Tensor) -> None:
+    """[N], one for each row of weight [N, K]."""
+    if not isinstance(magnitude, torch.Tensor) or not magnitude.dtype.is_floating_point:
+        given = getattr(magnitude, "dtype", type(magnitude).__name__)
+        raise TypeError(f"magnitude must be a floating-point tensor, got {given}")
+    if magnitude.shape != weight.shape[:1]:
+        raise ValueError(f"magnitude must be [{weight.shape[0]}] to fit weight, got {tuple(magnitude.shape)}")
+    check_device(x, magnitude=magnitude)
+
+
 def check_device(x: torch.Tensor, x_name: str = "x", /, **others: torch.Tensor | None) -> None:
-    """Every tensor is a plain one (no DTensor) on the device of x."""
+    """Every tensor is a plain one (no DTensor) on the device of x, which messages call by x_name."""
     for name, t in {x_name: x, **others}.items():
         if t is None:
             continue

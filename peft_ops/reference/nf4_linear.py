@@ -17,18 +17,23 @@ _SLAB = 1 << 20  # elements
 
 def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tensor:
     """y [M, N] = x [M, K] deq(W)ᵀ + bias, in the dtype of x."""
-    N, K = weight.shape
-    packed, absmax, blocksize = weight.packed.reshape(-1), _nf4_absmax(weight), weight.blocksize
+    N = weight.shape[0]
     bias = None if bias is None else bias.to(x.dtype)
     y = x.new_empty(x.shape[0], N)
+    for rows, w in decoded_rows(weight, x.dtype):
+        y[:, rows] = torch.nn.functional.linear(x, w, None if bias is None else bias[rows])
+    return y
+
+
+def decoded_rows(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, deq(W)[rows] in dtype), a slab at a time."""
+    N, K = weight.shape
+    packed, absmax, blocksize = weight.packed.reshape(-1), _nf4_absmax(weight), weight.blocksize
     for rows in _slabs(N, K, blocksize):
         first, last = rows.start * K, rows.stop * K
         scales = absmax[first // blocksize : -(-last // blocksize)]
-        w = _decode(packed[first // 2 : (last + 1) // 2], scales, blocksize, last - first, x.dtype)
-        y[:, rows] = torch.nn.functional.linear(
-            x, w.view(rows.stop - rows.start, K), None if bias is None else bias[rows]
-        )
-    return y
+        w = _decode(packed[first // 2 : (last + 1) // 2], scales, blocksize, last - first, dtype)
+        yield rows, w.view(rows.stop - rows.start, K)
 
 
 def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:

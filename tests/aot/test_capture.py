@@ -100,6 +100,29 @@ def test_lora_linear(captured, base, p):
 
 
 @pytest.mark.unpoisoned
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_dora_linear(captured, base, p):
+    names, compiled = captured
+    x, w, m = torch.randn(200, 64, requires_grad=True), torch.randn(32, 64), torch.rand(32, requires_grad=True)
+    weight = nf4_weight(w) if base == "nf4" else w
+    a, b = torch.randn(4, 64, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    compiled(lambda x, a, b, m: ops.dora_linear(x, weight, None, a, b, m, 0.5, p))(x, a, b, m).sum().backward()
+    forward = {"_nf4_dora_norm_kernel" if base == "nf4" else "_dora_norm_kernel", "_dora_update_kernel"}
+    backward = {"_dora_gradients_kernel", "_low_rank_gradients_kernel", "_low_rank_update_kernel"}
+    assert forward | backward | {"_down_project_kernel", "_down_project_da_kernel"} <= set(names)
+
+
+@pytest.mark.unpoisoned
+def test_lora_embedding(captured):
+    names, compiled = captured
+    x, weight = torch.randint(0, 64, (200,)), torch.randn(64, 32)
+    a, b = torch.randn(4, 64, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    compiled(lambda a, b: ops.lora_embedding(x, weight, a, b, 0.5))(a, b).sum().backward()
+    assert names.count("_low_rank_update_kernel") == names.count("_low_rank_gradients_kernel") == 1
+
+
+@pytest.mark.unpoisoned
 def test_nf4_linear(captured):
     names, compiled = captured
     weight, x = nf4_weight(torch.randn(32, 64)), torch.randn(200, 64, requires_grad=True)
