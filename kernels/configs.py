@@ -158,22 +158,22 @@ def nf4_splits(grid: tuple[int, int], reduction: int, block: int) -> tuple[int, 
 # By the wider head dimension, keys' or values'; a float32 prefix beside a 16-bit text needs no more than a 16-bit one.
 PREFIX_ATTENTION = {
     "prefix_merge": {
-        64: dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
-        128: dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
-        256: dict(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=1),
-        "fp32": dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
+        64: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_C=32, num_warps=4, num_stages=2),
+        128: dict(BLOCK_M=64, BLOCK_N=32, BLOCK_C=32, num_warps=4, num_stages=2),
+        256: dict(BLOCK_M=64, BLOCK_N=16, BLOCK_C=32, num_warps=8, num_stages=1),
+        "fp32": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_C=32, num_warps=4, num_stages=1),
     },
     "prefix_dq": {
-        64: dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
-        128: dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=1),
-        256: dict(BLOCK_M=32, BLOCK_N=16, num_warps=8, num_stages=1),
-        "fp32": dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
+        64: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_C=32, num_warps=4, num_stages=2),
+        128: dict(BLOCK_M=64, BLOCK_N=32, BLOCK_C=32, num_warps=8, num_stages=1),
+        256: dict(BLOCK_M=32, BLOCK_N=16, BLOCK_C=32, num_warps=8, num_stages=1),
+        "fp32": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_C=32, num_warps=4, num_stages=1),
     },
     "prefix_gradients": {
-        64: dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=1),
-        128: dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1),
-        256: dict(BLOCK_M=32, BLOCK_N=16, num_warps=8, num_stages=1),
-        "fp32": dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
+        64: dict(BLOCK_M=32, BLOCK_N=64, BLOCK_C=32, num_warps=4, num_stages=1),
+        128: dict(BLOCK_M=32, BLOCK_N=32, BLOCK_C=32, num_warps=4, num_stages=1),
+        256: dict(BLOCK_M=32, BLOCK_N=16, BLOCK_C=32, num_warps=8, num_stages=1),
+        "fp32": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_C=32, num_warps=4, num_stages=1),
     },
 }
 
@@ -183,6 +183,10 @@ def prefix_attention(kernel: str, arch: str, dtype: torch.dtype, rows: int, n: i
     table = PREFIX_ATTENTION[kernel]
     fit = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     config = {**table[fit], **(table["fp32"] if dtype == torch.float32 else {})}
-    for block, size in (("BLOCK_M", rows), ("BLOCK_N", n)):
-        config[block] = min(config[block], max(16, 1 << (size - 1).bit_length()))
-    return config
+    within = {"BLOCK_M": rows, "BLOCK_N": n, "BLOCK_C": head_dim}
+    return {**config, **{block: min(config[block], covering(size)) for block, size in within.items()}}
+
+
+def covering(size: int) -> int:
+    """The power of two from 16 that covers a dimension."""
+    return max(16, 1 << (size - 1).bit_length())

@@ -23,38 +23,61 @@ def _rows(block, blocks, rows, G, T, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _tile(ptr, first, stride_row, stride_column, inside, D, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] of a tensor whose last dimension is D, from `first` elements on; zeros outside."""
-    d = tl.arange(0, BLOCK_D)
-    return tl.load(ptr + (first + stride_row)[:, None] + d[None, :].to(tl.int64) * stride_column,
+def _tile(ptr, rows, stride_column, inside, first, D, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] from column `first` of D; `rows` are offsets of their first elements; zeros outside."""
+    d = first + tl.arange(0, BLOCK_D)
+    return tl.load(ptr + rows[:, None] + d[None, :].to(tl.int64) * stride_column,
                    mask=inside[:, None] & (d[None, :] < D), other=0.0)  # fmt: skip
 
 
 @triton.jit
-def _keep(seed_ptr, unit, units, head, heads, j, n, width, threshold,
-          BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """Which elements of a block of keys, and of values, this unit sees (peft_ops.reference.prefix_attention)."""
-    seed = tl.load(seed_ptr)
-    of_key, of_value = (unit * heads + head) * n + j, ((units + unit) * heads + head) * n + j
-    keep_key = dropout_keep(seed, of_key, 0, width, threshold, BLOCK_N, BLOCK_D)
-    return keep_key, dropout_keep(seed, of_value, 0, width, threshold, BLOCK_N, BLOCK_DV)
+def _prefix_tile(ptr, rows, stride_column, inside, first, D, seed_ptr, mask_rows, width, threshold,
+                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr):  # fmt: skip
+    """Of keys or values, after their dropout but for its scale."""
+    p = _tile(ptr, rows, stride_column, inside, first, D, BLOCK_D)
+    if DROPOUT:
+        p = tl.where(dropout_keep(tl.load(seed_ptr), mask_rows, first, width, threshold, BLOCK_N, BLOCK_D), p, 0.0)
+    return p
 
 
 @triton.jit
-def _scores(q, k, bias_ptr, h, t, j, n, stride_bh, stride_bt, stride_bn, scale,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """float32 [BLOCK_M, BLOCK_N] = scale · q kᵀ + bias, -inf behind the prefix."""
-    s = mixed_dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION) * scale
+def _product(x_ptr, x_rows, stride_xd, x_inside, p_ptr, p_rows, stride_pd, p_inside, D, seed_ptr, mask_rows, width,
+             threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, DROPOUT: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    """float32 [BLOCK_M, BLOCK_N] = x pᵀ, BLOCK_C columns at a time so that neither operand stays in registers."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, D, BLOCK_C):
+        x = _tile(x_ptr, x_rows, stride_xd, x_inside, first, D, BLOCK_C)
+        p = _prefix_tile(p_ptr, p_rows, stride_pd, p_inside, first, D, seed_ptr, mask_rows, width, threshold,
+                         BLOCK_N, BLOCK_C, DROPOUT)  # fmt: skip
+        acc = mixed_dot(x, tl.trans(p), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _biased(s, bias_ptr, rows, j, stride_bn, inside, n, scale, BIAS: tl.constexpr):
+    """scale · s + bias, -inf behind the prefix."""
+    s = s * scale
     if BIAS:
-        s += tl.load(bias_ptr + (h * stride_bh + t * stride_bt)[:, None] + (j * stride_bn)[None, :],
-                     mask=(j < n)[None, :], other=0.0).to(tl.float32)  # fmt: skip
+        s += tl.load(bias_ptr + rows[:, None] + (j * stride_bn)[None, :],
+                     mask=inside[:, None] & (j < n)[None, :], other=0.0).to(tl.float32)  # fmt: skip
     return tl.where((j < n)[None, :], s, float("-inf"))
 
 
 @triton.jit
-def _add_dq(dq_ptr, stride_row, stride_column, inside, D, part, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    tile = dq_ptr + stride_row[:, None] + d[None, :].to(tl.int64) * stride_column
+def _row_dots(x_ptr, x_rows, stride_xd, y_ptr, y_rows, inside, D, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """float32 [BLOCK_M] = rowsum(x ∘ y); y is dense in its last dimension."""
+    acc = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, D, BLOCK_C):
+        x = _tile(x_ptr, x_rows, stride_xd, inside, first, D, BLOCK_C).to(tl.float32)
+        acc += tl.sum(x * _tile(y_ptr, y_rows, 1, inside, first, D, BLOCK_C).to(tl.float32), 1)
+    return acc
+
+
+@triton.jit
+def _add_dq(dq_ptr, rows, stride_column, inside, first, D, part, BLOCK_D: tl.constexpr):
+    d = first + tl.arange(0, BLOCK_D)
+    tile = dq_ptr + rows[:, None] + d[None, :].to(tl.int64) * stride_column
     within = inside[:, None] & (d[None, :] < D)
     dq = tl.load(tile, mask=within, other=0.0).to(tl.float32) + part
     tl.store(tile, dq.to(dq_ptr.dtype.element_ty), mask=within)
@@ -67,38 +90,39 @@ def _prefix_merge_kernel(
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, stride_lt, stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kh, stride_kn, stride_kd, stride_vh, stride_vn, stride_vd, stride_bh, stride_bt, stride_bn,
     score_scale, value_scale, threshold, prefix_threshold,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BIAS: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out, lse of [prefix; text] from those of the text, in place: an online softmax that starts from (lse, 1, out).
 
-    Scores, sums and out are accumulated in fp32; weights meet values in the dtype of query.
+    Scores, sums and out are accumulated in fp32; weights and values meet in the dtype of query.
     """
     head = tl.program_id(1).to(tl.int64)
     unit, b, g, t, inside = _rows(tl.program_id(0), blocks, rows, G, T, BLOCK_M)
-    h = head * G + g
-    q = _tile(q_ptr, 0, b * stride_qb + h * stride_qh + t * stride_qt, stride_qd, inside, D, BLOCK_D)
-    out_rows, lse_rows = b * stride_ob + h * stride_oh + t * stride_ot, b * stride_lb + h * stride_lh + t * stride_lt
+    h, width = head * G + g, tl.maximum(D, DV)
+    q_rows, out_rows = b * stride_qb + h * stride_qh + t * stride_qt, b * stride_ob + h * stride_oh + t * stride_ot
+    lse_rows = b * stride_lb + h * stride_lh + t * stride_lt
     top = tl.load(lse_ptr + lse_rows, mask=inside, other=0.0)
     total = tl.full((BLOCK_M,), 1.0, tl.float32)
-    acc = _tile(out_ptr, 0, out_rows, 1, inside, DV, BLOCK_DV).to(tl.float32)
+    acc = _tile(out_ptr, out_rows, 1, inside, 0, DV, BLOCK_DV).to(tl.float32)
     for start in range(0, n, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        k = _tile(key_ptr, head * stride_kh, j * stride_kn, stride_kd, j < n, D, BLOCK_D)
-        v = _tile(value_ptr, head * stride_vh, j * stride_vn, stride_vd, j < n, DV, BLOCK_DV)
-        if PREFIX_DROPOUT:
-            keep_key, keep_value = _keep(prefix_seed_ptr, unit, units, head, heads, j, n, tl.maximum(D, DV),
-                                         prefix_threshold, BLOCK_N, BLOCK_D, BLOCK_DV)  # fmt: skip
-            k, v = tl.where(keep_key, k, 0.0), tl.where(keep_value, v, 0.0)
-        s = _scores(q, k, bias_ptr, h, t, j, n, stride_bh, stride_bt, stride_bn, score_scale,
-                    BLOCK_M, BLOCK_N, BIAS, PRECISION)  # fmt: skip
+        key_mask, value_mask = (unit * heads + head) * n + j, ((units + unit) * heads + head) * n + j
+        s = _product(q_ptr, q_rows, stride_qd, inside, key_ptr, head * stride_kh + j * stride_kn, stride_kd, j < n, D,
+                     prefix_seed_ptr, key_mask, width, prefix_threshold, BLOCK_M, BLOCK_N, BLOCK_C, PREFIX_DROPOUT,
+                     PRECISION)  # fmt: skip
+        s = _biased(s, bias_ptr, h * stride_bh + t * stride_bt, j, stride_bn, inside, n, score_scale, BIAS)
         higher = tl.maximum(top, tl.max(s, 1))
         w, old = tl.exp(s - higher[:, None]), tl.exp(top - higher)
         top, total = higher, total * old + tl.sum(w, 1)
         if DROPOUT:
             row = (b * heads * G + h) * T + t
             w = tl.where(dropout_keep(tl.load(seed_ptr), row, start, n, threshold, BLOCK_M, BLOCK_N), w, 0.0)
-        acc = mixed_dot((w * value_scale).to(q.dtype), v, acc * old[:, None], PRECISION)
+        v = _prefix_tile(value_ptr, head * stride_vh + j * stride_vn, stride_vd, j < n, 0, DV,
+                         prefix_seed_ptr, value_mask, width, prefix_threshold, BLOCK_N, BLOCK_DV,
+                         PREFIX_DROPOUT).to(q_ptr.dtype.element_ty)  # fmt: skip
+        acc = tl.dot((w * value_scale).to(v.dtype), v, acc * old[:, None], input_precision=PRECISION)
     dv = tl.arange(0, BLOCK_DV)
     tl.store(out_ptr + out_rows[:, None] + dv[None, :], (acc / total[:, None]).to(out_ptr.dtype.element_ty),
              mask=inside[:, None] & (dv[None, :] < DV))  # fmt: skip
@@ -113,36 +137,38 @@ def _prefix_dq_kernel(
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, stride_lt, stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kh, stride_kn, stride_kd, stride_vh, stride_vn, stride_vd, stride_bh, stride_bt, stride_bn,
     score_scale, value_scale, threshold, prefix_threshold,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq += score_scale · (w ∘ (dout vᵀ − rowsum(dout ∘ out))) k with w = exp(scores − lse), in place, fp32 sums."""
+    """dq += ds k, in place, for ds = score_scale · w ∘ (value_scale · keep ∘ (dout vᵀ) − rowsum(dout ∘ out)) and
+    w = exp(scores − lse); fp32 sums, ds and k meet in the dtype of query."""
     head = tl.program_id(1).to(tl.int64)
     unit, b, g, t, inside = _rows(tl.program_id(0), blocks, rows, G, T, BLOCK_M)
-    h = head * G + g
-    q = _tile(q_ptr, 0, b * stride_qb + h * stride_qh + t * stride_qt, stride_qd, inside, D, BLOCK_D)
-    dout = _tile(dout_ptr, 0, b * stride_db + h * stride_dh + t * stride_dt, stride_dd, inside, DV, BLOCK_DV)
-    out = _tile(out_ptr, 0, b * stride_ob + h * stride_oh + t * stride_ot, 1, inside, DV, BLOCK_DV)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + b * stride_lb + h * stride_lh + t * stride_lt, mask=inside, other=0.0)
+    h, width = head * G + g, tl.maximum(D, DV)
+    q_rows, dout_rows = b * stride_qb + h * stride_qh + t * stride_qt, b * stride_db + h * stride_dh + t * stride_dt
+    out_rows = b * stride_ob + h * stride_oh + t * stride_ot
+    delta = _row_dots(dout_ptr, dout_rows, stride_dd, out_ptr, out_rows, inside, DV, BLOCK_M, BLOCK_C)
+    lse = tl.load(lse_ptr + b * stride_lb + h * stride_lh + t * stride_lt, mask=inside, other=float("inf"))
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, n, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        k = _tile(key_ptr, head * stride_kh, j * stride_kn, stride_kd, j < n, D, BLOCK_D)
-        v = _tile(value_ptr, head * stride_vh, j * stride_vn, stride_vd, j < n, DV, BLOCK_DV)
-        if PREFIX_DROPOUT:
-            keep_key, keep_value = _keep(prefix_seed_ptr, unit, units, head, heads, j, n, tl.maximum(D, DV),
-                                         prefix_threshold, BLOCK_N, BLOCK_D, BLOCK_DV)  # fmt: skip
-            k, v = tl.where(keep_key, k, 0.0), tl.where(keep_value, v, 0.0)
-        s = _scores(q, k, bias_ptr, h, t, j, n, stride_bh, stride_bt, stride_bn, score_scale,
-                    BLOCK_M, BLOCK_N, BIAS, PRECISION)  # fmt: skip
-        dw = mixed_dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION) * value_scale
+        key_rows, value_rows = head * stride_kh + j * stride_kn, head * stride_vh + j * stride_vn
+        key_mask, value_mask = (unit * heads + head) * n + j, ((units + unit) * heads + head) * n + j
+        s = _product(q_ptr, q_rows, stride_qd, inside, key_ptr, key_rows, stride_kd, j < n, D, prefix_seed_ptr,
+                     key_mask, width, prefix_threshold, BLOCK_M, BLOCK_N, BLOCK_C, PREFIX_DROPOUT,
+                     PRECISION)  # fmt: skip
+        s = _biased(s, bias_ptr, h * stride_bh + t * stride_bt, j, stride_bn, inside, n, score_scale, BIAS)
+        dw = _product(dout_ptr, dout_rows, stride_dd, inside, value_ptr, value_rows, stride_vd, j < n, DV,
+                      prefix_seed_ptr, value_mask, width, prefix_threshold, BLOCK_M, BLOCK_N, BLOCK_C, PREFIX_DROPOUT,
+                      PRECISION) * value_scale  # fmt: skip
         if DROPOUT:
             row = (b * heads * G + h) * T + t
             dw = tl.where(dropout_keep(tl.load(seed_ptr), row, start, n, threshold, BLOCK_M, BLOCK_N), dw, 0.0)
         ds = tl.exp(s - lse[:, None]) * (dw - delta[:, None]) * score_scale
-        acc = mixed_dot(ds.to(q.dtype), k, acc, PRECISION)
-    _add_dq(dq_ptr, b * stride_gb + h * stride_gh + t * stride_gt, stride_gd, inside, D, acc, BLOCK_D)
+        k = _prefix_tile(key_ptr, key_rows, stride_kd, j < n, 0, D, prefix_seed_ptr, key_mask, width, prefix_threshold,
+                         BLOCK_N, BLOCK_D, PREFIX_DROPOUT).to(q_ptr.dtype.element_ty)  # fmt: skip
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    _add_dq(dq_ptr, b * stride_gb + h * stride_gh + t * stride_gt, stride_gd, inside, 0, D, acc, BLOCK_D)
 
 
 @triton.jit
@@ -154,55 +180,63 @@ def _prefix_gradients_kernel(
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, stride_lt, stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kh, stride_kn, stride_kd, stride_vh, stride_vn, stride_vd, stride_bh, stride_bt, stride_bn,
     score_scale, value_scale, threshold, prefix_threshold, steps,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DQ: tl.constexpr,
 ):  # fmt: skip
-    """dkey[part] [heads, n, D] = score_scale · dsᵀ q and dvalue[part] [heads, n, DV] = value_scale · wᵀ dout, fp32, of
-    `steps` blocks of rows; w and ds as in _prefix_dq_kernel. A program owns a block of one head's prefix; where that is
-    all of it (DQ), dq += ds k in the same pass."""
+    """dkey[part] [heads, n, D] = dsᵀ q and dvalue[part] [heads, n, DV] = value_scale · (keep ∘ w)ᵀ dout, fp32, over
+    `steps` blocks of rows; w and ds as in _prefix_dq_kernel. A program owns BLOCK_N keys and BLOCK_D columns; where
+    BLOCK_N is all of the prefix (DQ), dq += ds k in the same pass."""
     head, part = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    start = tl.program_id(0) * BLOCK_N
+    width = tl.maximum(D, DV)
+    columns = tl.cdiv(width, BLOCK_D)
+    start, first = tl.program_id(0) // columns * BLOCK_N, tl.program_id(0) % columns * BLOCK_D
     j = start + tl.arange(0, BLOCK_N).to(tl.int64)
-    key = _tile(key_ptr, head * stride_kh, j * stride_kn, stride_kd, j < n, D, BLOCK_D)
-    value = _tile(value_ptr, head * stride_vh, j * stride_vn, stride_vd, j < n, DV, BLOCK_DV)
-    dkey, dvalue = tl.zeros((BLOCK_D, BLOCK_N), tl.float32), tl.zeros((BLOCK_DV, BLOCK_N), tl.float32)
+    key_rows, value_rows = head * stride_kh + j * stride_kn, head * stride_vh + j * stride_vn
+    dkey, dvalue = tl.zeros((BLOCK_D, BLOCK_N), tl.float32), tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     for step in range(0, steps):
         unit, b, g, t, inside = _rows(tl.program_id(2) * steps + step, blocks, rows, G, T, BLOCK_M)
         h, inside = head * G + g, inside & (unit < units)
-        k, v = key, value
-        if PREFIX_DROPOUT:
-            keep_key, keep_value = _keep(prefix_seed_ptr, unit, units, head, heads, j, n, tl.maximum(D, DV),
-                                         prefix_threshold, BLOCK_N, BLOCK_D, BLOCK_DV)  # fmt: skip
-            k, v = tl.where(keep_key, key, 0.0), tl.where(keep_value, value, 0.0)
-        q = _tile(q_ptr, 0, b * stride_qb + h * stride_qh + t * stride_qt, stride_qd, inside, D, BLOCK_D)
-        dout = _tile(dout_ptr, 0, b * stride_db + h * stride_dh + t * stride_dt, stride_dd, inside, DV, BLOCK_DV)
-        out = _tile(out_ptr, 0, b * stride_ob + h * stride_oh + t * stride_ot, 1, inside, DV, BLOCK_DV)
-        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+        key_mask, value_mask = (unit * heads + head) * n + j, ((units + unit) * heads + head) * n + j
+        q_rows, dout_rows = b * stride_qb + h * stride_qh + t * stride_qt, b * stride_db + h * stride_dh + t * stride_dt
+        s = _product(q_ptr, q_rows, stride_qd, inside, key_ptr, key_rows, stride_kd, j < n, D, prefix_seed_ptr,
+                     key_mask, width, prefix_threshold, BLOCK_M, BLOCK_N, BLOCK_C, PREFIX_DROPOUT,
+                     PRECISION)  # fmt: skip
+        s = _biased(s, bias_ptr, h * stride_bh + t * stride_bt, j, stride_bn, inside, n, score_scale, BIAS)
+        dw = _product(dout_ptr, dout_rows, stride_dd, inside, value_ptr, value_rows, stride_vd, j < n, DV,
+                      prefix_seed_ptr, value_mask, width, prefix_threshold, BLOCK_M, BLOCK_N, BLOCK_C, PREFIX_DROPOUT,
+                      PRECISION) * value_scale  # fmt: skip
         lse = tl.load(lse_ptr + b * stride_lb + h * stride_lh + t * stride_lt, mask=inside, other=float("inf"))
-        s = _scores(q, k, bias_ptr, h, t, j, n, stride_bh, stride_bt, stride_bn, score_scale,
-                    BLOCK_M, BLOCK_N, BIAS, PRECISION)  # fmt: skip
         w = tl.exp(s - lse[:, None])
-        dw = mixed_dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION) * value_scale
         kept = w * value_scale
         if DROPOUT:
             row = (b * heads * G + h) * T + t
             keep = dropout_keep(tl.load(seed_ptr), row, start, n, threshold, BLOCK_M, BLOCK_N)
             dw, kept = tl.where(keep, dw, 0.0), tl.where(keep, kept, 0.0)
+        out_rows = b * stride_ob + h * stride_oh + t * stride_ot
+        delta = _row_dots(dout_ptr, dout_rows, stride_dd, out_ptr, out_rows, inside, DV, BLOCK_M, BLOCK_C)
+        dout = _tile(dout_ptr, dout_rows, stride_dd, inside, first, DV, BLOCK_D)
         ds = w * (dw - delta[:, None]) * score_scale
-        if DQ:
-            dq = mixed_dot(ds.to(q.dtype), k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
-            _add_dq(dq_ptr, b * stride_gb + h * stride_gh + t * stride_gt, stride_gd, inside, D, dq, BLOCK_D)
         if PREFIX_DROPOUT:
-            of_key, of_value = tl.zeros_like(dkey), tl.zeros_like(dvalue)
-            dkey += tl.where(tl.trans(keep_key), mixed_dot(tl.trans(q), ds, of_key, PRECISION), 0.0)
-            dvalue += tl.where(tl.trans(keep_value), mixed_dot(tl.trans(dout), kept, of_value, PRECISION), 0.0)
+            part_of_value = mixed_dot(tl.trans(dout), kept, tl.zeros_like(dvalue), PRECISION)
+            keep = dropout_keep(tl.load(prefix_seed_ptr), value_mask, first, width, prefix_threshold, BLOCK_N, BLOCK_D)
+            dvalue += tl.where(tl.trans(keep), part_of_value, 0.0)
+        else:
+            dvalue = mixed_dot(tl.trans(dout), kept, dvalue, PRECISION)
+        q = _tile(q_ptr, q_rows, stride_qd, inside, first, D, BLOCK_D)
+        if PREFIX_DROPOUT:
+            part_of_key = mixed_dot(tl.trans(q), ds, tl.zeros_like(dkey), PRECISION)
+            keep = dropout_keep(tl.load(prefix_seed_ptr), key_mask, first, width, prefix_threshold, BLOCK_N, BLOCK_D)
+            dkey += tl.where(tl.trans(keep), part_of_key, 0.0)
         else:
             dkey = mixed_dot(tl.trans(q), ds, dkey, PRECISION)
-            dvalue = mixed_dot(tl.trans(dout), kept, dvalue, PRECISION)
-    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    rows_of = (part * heads + head) * n + j
-    tl.store(dkey_ptr + rows_of[None, :] * D + d[:, None], dkey, mask=(j < n)[None, :] & (d < D)[:, None])
-    tl.store(dvalue_ptr + rows_of[None, :] * DV + dv[:, None], dvalue, mask=(j < n)[None, :] & (dv < DV)[:, None])
+        if DQ:
+            k = _prefix_tile(key_ptr, key_rows, stride_kd, j < n, first, D, prefix_seed_ptr, key_mask, width,
+                             prefix_threshold, BLOCK_N, BLOCK_D, PREFIX_DROPOUT).to(q.dtype)  # fmt: skip
+            dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+            _add_dq(dq_ptr, b * stride_gb + h * stride_gh + t * stride_gt, stride_gd, inside, first, D, dq, BLOCK_D)
+    d, sums = first + tl.arange(0, BLOCK_D), (part * heads + head) * n + j
+    tl.store(dkey_ptr + sums[None, :] * D + d[:, None], dkey, mask=(j < n)[None, :] & (d < D)[:, None])
+    tl.store(dvalue_ptr + sums[None, :] * DV + d[:, None], dvalue, mask=(j < n)[None, :] & (d < DV)[:, None])
 
 
 def prefix_merge_(
@@ -211,14 +245,14 @@ def prefix_merge_(
     dropout_p: float, dropout_seed: torch.Tensor | None, prefix_p: float, prefix_seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """See peft_ops.reference.prefix_attention; D and Dv up to 256, the last dimension of out dense."""
-    dropouts = dropout_p, dropout_seed, prefix_p, prefix_seed
-    sizes, strides, seeds, scalars, flags, config = _prepared(
-        "prefix_merge", out, lse, query, prefix_key, prefix_value, bias, scaling, *dropouts
+    sizes, strides, scalars, flags, config = _prepared(
+        "prefix_merge", out, lse, query, prefix_key, prefix_value, bias, scaling, dropout_p, prefix_p
     )
+    D, Dv = prefix_key.shape[2], prefix_value.shape[2]
     with device_guard(query):
         _prefix_merge_kernel[sizes[0] * sizes[2], prefix_key.shape[0]](
-            out, lse, query, prefix_key, prefix_value, query if bias is None else bias, *seeds,
-            *sizes, *strides, *scalars, **flags, **config,
+            out, lse, query, prefix_key, prefix_value, *_or_any(query, bias, dropout_seed, prefix_seed),
+            *sizes, *strides, *scalars, BLOCK_D=configs.covering(D), BLOCK_DV=configs.covering(Dv), **flags, **config,
         )  # fmt: skip
     return out, lse
 
@@ -229,45 +263,51 @@ def prefix_gradients(
     dropout_p: float, dropout_seed: torch.Tensor | None, prefix_p: float, prefix_seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """See peft_ops.reference.prefix_attention; partial sums over the batch's rows are added in a fixed order."""
-    given = out, lse, query, prefix_key, prefix_value, bias, scaling, dropout_p, dropout_seed, prefix_p, prefix_seed
-    inputs = dout, out, lse, query, prefix_key, prefix_value, query if bias is None else bias
+    given = out, lse, query, prefix_key, prefix_value, bias, scaling, dropout_p, prefix_p
+    tensors = dout, out, lse, query, prefix_key, prefix_value, *_or_any(query, bias, dropout_seed, prefix_seed)
     (heads, n, D), Dv = prefix_key.shape, prefix_value.shape[2]
-    sizes, strides, seeds, scalars, flags, config = _prepared("prefix_gradients", *given)
+    sizes, strides, scalars, flags, config = _prepared("prefix_gradients", *given)
     one_pass = need_dprefix and n <= config["BLOCK_N"]
     with device_guard(query):
         if dq is not None and not one_pass:
-            of_dq = _prepared("prefix_dq", *given)
-            _prefix_dq_kernel[of_dq[0][0] * of_dq[0][2], heads](
-                dq, *inputs, *seeds, *of_dq[0], *dq.stride(), *dout.stride(), *strides, *scalars, **flags, **of_dq[5]
-            )
+            dq_sizes, *_, dq_config = _prepared("prefix_dq", *given)
+            _prefix_dq_kernel[dq_sizes[0] * dq_sizes[2], heads](
+                dq, *tensors, *dq_sizes, *dq.stride(), *dout.stride(), *strides, *scalars,
+                BLOCK_D=configs.covering(D), **flags, **dq_config,
+            )  # fmt: skip
         if not need_dprefix:
             return dq, None, None
-        blocks, blocks_n = sizes[0] * sizes[2], triton.cdiv(n, config["BLOCK_N"])
-        steps = triton.cdiv(blocks, configs.splits(blocks_n * heads, blocks))
+        blocks, block_d = sizes[0] * sizes[2], min(64, configs.covering(max(D, Dv)))
+        owned = triton.cdiv(n, config["BLOCK_N"]) * triton.cdiv(max(D, Dv), block_d)
+        steps = triton.cdiv(blocks, configs.splits(owned * heads, blocks))
         parts = triton.cdiv(blocks, steps)
         dkey, dvalue = (query.new_empty(parts, heads, n, d, dtype=torch.float32) for d in (D, Dv))
-        dq_or_not = query if dq is None else dq
-        _prefix_gradients_kernel[blocks_n, heads, parts](
-            dkey, dvalue, dq_or_not, *inputs, *seeds, *sizes, *dq_or_not.stride(), *dout.stride(), *strides, *scalars,
-            steps, DQ=one_pass and dq is not None, **flags, **config,
+        any_dq = query if dq is None else dq
+        _prefix_gradients_kernel[owned, heads, parts](
+            dkey, dvalue, any_dq, *tensors, *sizes, *any_dq.stride(), *dout.stride(), *strides, *scalars, steps,
+            BLOCK_D=block_d, DQ=one_pass and dq is not None, **flags, **config,
         )  # fmt: skip
     return dq, dkey[0] if parts == 1 else dkey.sum(0), dvalue[0] if parts == 1 else dvalue.sum(0)
 
 
-def _prepared(kernel, out, lse, query, prefix_key, prefix_value, bias, scaling, p, seed, prefix_p, prefix_seed):
-    """(sizes, strides, seeds, scalars, flags, config) that the kernels share."""
+def _or_any(like: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """A tensor for every pointer: one that is not read where there is none."""
+    return tuple(like if t is None else t for t in tensors)
+
+
+def _prepared(kernel, out, lse, query, prefix_key, prefix_value, bias, scaling, p, prefix_p):
+    """(sizes, strides, scalars, flags, config) in the order that the kernels share."""
     (B, H, T, D), (heads, n, _), Dv = query.shape, prefix_key.shape, prefix_value.shape[2]
     arch, units = configs.arch_of(query.device), B if prefix_p else 1
     rows = B // units * (H // heads) * T
     config = configs.prefix_attention(kernel, arch, query.dtype, rows, n, max(D, Dv))
     sizes = units, rows, triton.cdiv(rows, config["BLOCK_M"]), heads, H // heads, T, n, D, Dv
     strides = *out.stride()[:3], *lse.stride(), *query.stride(), *prefix_key.stride(), *prefix_value.stride()
-    seed, threshold, keep_scale = dropout_arguments(p, seed, query)
-    prefix_seed, prefix_threshold, prefix_scale = dropout_arguments(prefix_p, prefix_seed, query)
+    (_, threshold, keep_scale), (_, prefix_threshold, prefix_scale) = (
+        dropout_arguments(x, None, query) for x in (p, prefix_p)
+    )
     scalars = scaling * prefix_scale, keep_scale * prefix_scale, threshold, prefix_threshold
     flags = dict(
-        BIAS=bias is not None, DROPOUT=p > 0.0, PREFIX_DROPOUT=prefix_p > 0.0, PRECISION=configs.fp32_precision(arch),
-        BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_DV=max(16, triton.next_power_of_2(Dv)),
-    )  # fmt: skip
-    bias_strides = (0, 0, 0) if bias is None else bias.stride()
-    return sizes, (*strides, *bias_strides), (seed, prefix_seed), scalars, flags, config
+        BIAS=bias is not None, DROPOUT=p > 0.0, PREFIX_DROPOUT=prefix_p > 0.0, PRECISION=configs.fp32_precision(arch)
+    )
+    return sizes, (*strides, *((0, 0, 0) if bias is None else bias.stride())), scalars, flags, config
