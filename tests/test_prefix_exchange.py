@@ -223,7 +223,7 @@ SPOILED = {
     "layers": (edit_config(num_layers="3"), TypeError, "adapter_config.json: num_layers must be an int, got '3'"),
     "no layers": (edit_config(num_layers=0), ValueError, "num_layers must be at least 1, got 0"),
     "submodules": (edit_config(num_transformer_submodules=3), ValueError, "at least 1 and at most 2, got 3"),
-    "method": (edit_config(method="q"), ValueError, "method must be one of prefix_tuning, p_tuning_v2, got 'q'"),
+    "method": (edit_config(method="q"), ValueError, "method must be one of p_tuning_v2, prefix_tuning, got 'q'"),
     "field": (edit_config(dropout="much"), TypeError, "adapter_config.json: dropout must be a number"),
     "too many": (edit_config(num_virtual_tokens=99), ValueError, "below the model's 32 positions|differs"),
 }  # fmt: skip

@@ -24,7 +24,9 @@ from tiny_models import assert_as_it_was, snapshot, tokens
 import peft_ops
 from numerics import assert_as_accurate
 from peft_ops import PrefixTuningConfig, PTuningV2Config
+from peft_ops.nn import NF4Linear
 from peft_ops.nn.prefix import ProjectedPrefix
+from peft_ops.tuning.matching import linear_paths
 
 FOUR = ("llama", "gpt2", "bert", "t5")
 METHODS = {
@@ -333,3 +335,24 @@ def test_a_model_is_captured_whole(name):
     captured = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert torch.equal(captured(**given).logits, model(**given).logits)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_4_bit_base(double_quant):
+    quantised = BUILDERS["llama"]()
+    for path in linear_paths(quantised):
+        if path != "lm_head":
+            layer = NF4Linear.from_linear(quantised.get_submodule(path), 32, double_quant)
+            quantised.set_submodule(path, layer)
+    config = PrefixTuningConfig(num_virtual_tokens=N, **METHODS["projected"])
+    model = peft_ops.adapt(copy.deepcopy(quantised), config)
+    assert {p.dtype for p in trained(model).values()} == {torch.float32}
+    dense = BUILDERS["llama"]()
+    for path in linear_paths(quantised):
+        if path != "lm_head":
+            weight = peft_ops.nf4.dequantize(quantised.get_submodule(path).weight)
+            dense.get_submodule(path).weight.data.copy_(weight)
+    peft_ops.adapt(dense, config).load_state_dict(trained(model), strict=False)
+    torch.testing.assert_close(outputs(model, "llama"), outputs(dense, "llama"), rtol=1e-4, atol=1e-4)
+    loss_of(model.train(), "llama").backward()
+    assert all(p.grad.abs().sum() > 0 for p in trained(model).values())

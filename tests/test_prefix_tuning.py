@@ -248,6 +248,12 @@ REFUSED = {
         {},
         "shape of its keys is not recognised",
     ),
+    "an encoder of sounds": (
+        of("WhisperForConditionalGeneration", "WhisperConfig", d_model=32, encoder_layers=1, decoder_layers=1,
+           encoder_attention_heads=4, decoder_attention_heads=4, decoder_start_token_id=0, max_target_positions=32),
+        {},
+        "model.encoder takes no tokens .* leave 'encoder' out of places",
+    ),
     "token ids": (llama, {"init_token_ids": [1, 2, 3, 64]}, r"vocabulary's 64, got \[64\]"),
     "nothing to save": (llama, {"modules_to_save": ["heads"]}, r"\['heads'\] matches no module"),
     "a trained bias": (
@@ -287,6 +293,18 @@ def test_flash_attention_is_refused_by_name():
         later.model.layers[0].self_attn(
             torch.zeros(1, 2, 32), position_embeddings=(torch.zeros(1, 2, 8),) * 2, attention_mask=None
         )
+
+
+def test_another_model_around_one_is_refused():
+    model = torch.nn.Sequential(llama())
+    with pytest.raises(TypeError, match="must be a transformers PreTrainedModel, got Sequential around one"):
+        peft_ops.adapt(model, PrefixTuningConfig())
+
+
+def test_positions_counted_in_the_mask_alone_are_refused():
+    model = adapted("opt")
+    with pytest.raises(ValueError, match="OPTLearnedPositionalEmbedding needs position_ids"):
+        model.model.decoder.embed_positions(torch.ones(1, 3, dtype=torch.long))
 
 
 def test_unknown_positions_are_refused():

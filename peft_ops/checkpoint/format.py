@@ -65,9 +65,7 @@ def check_tensors(file: str | os.PathLike, tensors: Tensors, shapes: dict[str, t
         "shapes": wrong,
         "NaN or infinite": [key for key, tensor in present.items() if not torch.isfinite(tensor).all()],
         "not floating point": [
-            key
-            for key, tensor in present.items()
-            if not tensor.is_floating_point() and (".lora_" in key or not key.startswith("base_model."))
+            key for key, tensor in present.items() if not tensor.is_floating_point() and ".lora_" in key
         ],
     }
     found = [f"{name}: {listed(keys)}" for name, keys in problems.items() if keys]

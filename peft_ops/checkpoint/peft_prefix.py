@@ -10,11 +10,11 @@ from torch import nn
 from ..nn.prefix import ProjectedPrefix
 from ..tuning.adaptation import Adaptation
 from ..tuning.config import MethodConfig
-from ..tuning.prefix import PrefixAdaptation
+from ..tuning.prefix import ENCODERS, PrefixAdaptation
 from ..tuning.prefix_config import PrefixTuningConfig
 from ..tuning.trained import get_tensor
 from .files import json_writer, read_safetensors, tensor_writer
-from .format import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME, Tensors, Writers, existing
+from .format import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME, Tensors, Writers, existing, listed
 from .peft_prefix_config import config_from_peft, config_to_peft, layer_columns
 
 _ROWS = "prompt_embeddings"  # (n, 2 · L · token_dim): a virtual token's K₀, V₀, K₁, V₁, ...
@@ -66,9 +66,11 @@ class PeftPrefix:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{folder / CONFIG_NAME}: {error}") from error
         training = folder / TRAINING_NAME
+        _check_floating(folder / WEIGHTS_NAME, {key: t for key, t in tensors.items() if key.startswith(_ROWS)})
         if not (config.prefix_projection and training.is_file()):
             return dataclasses.replace(config, prefix_projection=False), tensors
         encoders = read_safetensors(training)
+        _check_floating(training, encoders)
         for suffix in (key.removeprefix(_ROWS) for key in tensors if key.startswith(_ROWS)):
             if not _gives(encoders, suffix, tensors[_ROWS + suffix]):
                 raise ValueError(
@@ -95,12 +97,12 @@ class PeftPrefix:
             width = sum(site.heads * (site.key_dim + site.value_dim) for site in sites)
             expected[_ROWS + suffix] = torch.Size((n, width))
             if adaptation.config.prefix_projection:
-                first, hidden = shapes[f"peft_prefix_encoders.{place}.linear.weight"], "transform.2"
+                first = shapes[f"{ENCODERS}.{place}.linear.weight"]
                 expected[f"embedding.weight{suffix}"] = torch.Size((n, first[1]))
                 expected[f"transform.0.weight{suffix}"] = first
                 expected[f"transform.0.bias{suffix}"] = first[:1]
-                expected[f"{hidden}.weight{suffix}"] = torch.Size((width, first[0]))
-                expected[f"{hidden}.bias{suffix}"] = torch.Size((width,))
+                expected[f"transform.2.weight{suffix}"] = torch.Size((width, first[0]))
+                expected[f"transform.2.bias{suffix}"] = torch.Size((width,))
         return expected
 
     def assign(self, model: nn.Module, adaptation: Adaptation, tensors: Tensors) -> None:
@@ -148,6 +150,12 @@ def _encoders(model: nn.Module, adaptation: PrefixAdaptation) -> Tensors:
 def _copy_parts(parts: list[torch.Tensor], whole: torch.Tensor) -> None:
     for part, piece in zip(parts, whole.split([len(part) for part in parts]), strict=True):
         part.copy_(piece)
+
+
+def _check_floating(file: Path, tensors: Tensors) -> None:
+    wrong = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
+    if wrong:
+        raise ValueError(f"{file} does not fit the model; not floating point: {listed(wrong)}")
 
 
 def _gives(encoders: Tensors, suffix: str, rows: torch.Tensor) -> bool:

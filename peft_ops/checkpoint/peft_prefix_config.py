@@ -11,7 +11,7 @@ from ..tuning.prefix import PrefixAdaptation
 from ..tuning.prefix_config import PrefixTuningConfig, PTuningV2Config
 from .peft_config import common_fields
 
-_KINDS = {"prefix_tuning": PrefixTuningConfig, "p_tuning_v2": PTuningV2Config}
+_KINDS = {"p_tuning_v2": PTuningV2Config, "prefix_tuning": PrefixTuningConfig}  # the more special first
 _SUBMODULES = "num_transformer_submodules"
 _STARTS = ("init_weights", "init_token_ids")  # how keys and values began; they are in the file by now
 
@@ -29,7 +29,7 @@ def config_to_peft(adaptation: PrefixAdaptation, model: nn.Module) -> dict[str, 
             "encoder_hidden_size": config.encoder_hidden_size or (hidden if config.prefix_projection else width),
             "init_weights": None,
             "layers": layers,
-            "method": next(name for name, kind in _KINDS.items() if type(config) is kind),
+            "method": next(name for name, kind in _KINDS.items() if isinstance(config, kind)),
             "modules_to_save": None if config.modules_to_save is None else sorted(config.modules_to_save),
             "num_attention_heads": site.heads,
             "num_layers": 2 * layers if encoder_decoder else layers,
@@ -62,7 +62,7 @@ class LayerColumns:
     A row has 2 · num_layers pieces. With one transformer, layer i has pieces 2i and 2i + 1. With two (encoder-decoder)
     PEFT lays the pieces twice in a row, splits that by four, and takes the first two of each four for the decoder's
     self-attention: layer i has pieces 4i and 4i + 1, counted modulo 2 · num_layers. So with num_layers = L, as PEFT
-    writes for an even L, the upper half of the layers repeats the lower; with 2L every layer has its own.
+    writes, the upper half of the layers repeats the lower where L is even; with 2L every layer has its own.
     """
 
     pieces: int

@@ -51,9 +51,9 @@ def _wrapped(module: nn.Module, implementation: str | None) -> Callable:
     """The attention function that `module` would have called."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if implementation in (None, "eager"):  # every file of models has its own
-        return vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-    return ALL_ATTENTION_FUNCTIONS[implementation]
+    own = vars(sys.modules[type(module).__module__])  # every file of models has an eager one
+    name = "sdpa" if implementation is None else implementation
+    return own["eager_attention_forward"] if name not in ALL_ATTENTION_FUNCTIONS else ALL_ATTENTION_FUNCTIONS[name]
 
 
 def _record_forward(module, query, key, value, attention_mask, **kwargs):

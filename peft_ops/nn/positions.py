@@ -26,7 +26,7 @@ class PositionShift(nn.Module):
         self.names = list(inspect.signature(type(target).forward).parameters)[1:]
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """A forward pre-hook."""
+        """A forward pre-hook. Raises ValueError where positions come from the mask alone."""
         if not self.enabled:
             return None
         if self.plain:
@@ -36,6 +36,8 @@ class PositionShift(nn.Module):
         given = dict(zip(self.names, args, strict=False)) | kwargs
         if given.get("position_ids") is not None:
             given["position_ids"] = given["position_ids"] + self.n
+        elif "attention_mask" in self.names:  # positions counted in the mask, cut by the length of the past
+            raise ValueError(f"{type(module).__name__} needs position_ids where there is a prefix: pass them")
         else:
             given["past_key_values_length"] = given.get("past_key_values_length", 0) + self.n
         return (), given

@@ -47,6 +47,7 @@ def attention_sites(model: nn.Module, places: tuple[str, ...]) -> list[Attention
     """Every attention module at the places, in the order of the layers.
 
     Raises:
+        TypeError: another model than one of transformers.
         ValueError: no module's attention can be given a prefix, or one cannot; the message names what is missing.
     """
     found = [path for path, module in model.named_modules() if _uses_interface(module)]
@@ -55,13 +56,12 @@ def attention_sites(model: nn.Module, places: tuple[str, ...]) -> list[Attention
             f"{type(model).__name__} has no attention that looks its function up in transformers' AttentionInterface "
             "(ALL_ATTENTION_FUNCTIONS.get_interface in its forward): a prefix cannot be put before its keys"
         )
+    if not hasattr(model, "config") or not hasattr(model, "base_model"):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__} around one")
     encoder = _encoder_path(model)
-    kept = (
-        _site(model, path, place)
-        for path in _of_the_text(model, found)
-        if (place := _place(model, path, encoder)) in (places if encoder is not None else ("decoder",))
-    )
-    sites = list(kept)
+    wanted = places if encoder is not None else ("decoder",)
+    placed = {path: _place(model, path, encoder) for path in _of_the_text(model, found)}
+    sites = [_site(model, path, place) for path, place in placed.items() if place in wanted]
     if not sites:
         raise ValueError(f"{type(model).__name__} has no attention at places={list(places)}")
     _check_alike(sites)
@@ -72,7 +72,7 @@ def position_sites(model: nn.Module, sites: list[AttentionSite]) -> PositionSite
     """What makes the positions of the stacks whose self-attention has a prefix.
 
     Raises:
-        ValueError: a stack in which nothing is recognised.
+        ValueError: a stack in which nothing is recognised, or one of sounds or images with a table of positions.
     """
     found = PositionSites([], [], {})
     for stack in dict.fromkeys(site.stack for site in sites if site.place != "cross"):
@@ -91,6 +91,11 @@ def position_sites(model: nn.Module, sites: list[AttentionSite]) -> PositionSite
         found.shifts += shifts
         found.relative += relative
         limits = [_positions(own[path]) for path in shifts if isinstance(own[path], nn.Embedding)]
+        if limits and "input_ids" not in inspect.signature(type(model.get_submodule(stack)).forward).parameters:
+            raise ValueError(
+                f"{stack} takes no tokens and uses every position of its table: there is no room for a prefix; "
+                "leave 'encoder' out of places"
+            )
         if limits:
             found.limits[stack] = min(limits)
     return found

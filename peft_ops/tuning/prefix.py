@@ -21,7 +21,8 @@ from .prefix_config import PrefixTuningConfig
 from .prefix_text import KeysValues, keys_and_values
 from .trained import saved_modules, tensors_within
 
-_PREFIX, _SHIFT, _STACK, _ENCODERS = "peft_prefix", "peft_shift", "peft_stack", "peft_prefix_encoders"
+ENCODERS = "peft_prefix_encoders"  # of the root of the model: a child for every place
+_PREFIX, _SHIFT, _STACK = "peft_prefix", "peft_shift", "peft_stack"
 
 
 @dataclass
@@ -60,7 +61,7 @@ class PrefixAdaptation(Adaptation):
         register()
         if self.config.prefix_projection:
             encoders = {place: self._encoder(model, place) for place in self.places}
-            model.add_module(_ENCODERS, nn.ModuleDict(encoders))
+            model.add_module(ENCODERS, nn.ModuleDict(encoders))
         copies: dict[int, Any] = {}  # layers that shared a config share its copy
         for site in self.sites:
             module: Any = model.get_submodule(site.path)
@@ -87,7 +88,7 @@ class PrefixAdaptation(Adaptation):
 
     def encoder(self, model: nn.Module, place: str) -> PrefixEncoder:
         """The encoder that was installed for a place; there is one with prefix_projection only."""
-        encoder = model.get_submodule(f"{_ENCODERS}.{place}")
+        encoder = model.get_submodule(f"{ENCODERS}.{place}")
         assert isinstance(encoder, PrefixEncoder)
         return encoder
 
@@ -112,7 +113,7 @@ class PrefixAdaptation(Adaptation):
             prefix = self.prefix(model, site)
             assert isinstance(prefix, ProjectedPrefix)
             model.get_submodule(site.path).add_module(_PREFIX, prefix.plain())
-        delattr(model, _ENCODERS)
+        delattr(model, ENCODERS)
         self.config = dataclasses.replace(self.config, prefix_projection=False)
 
     def shapes(self, model: nn.Module) -> dict[str, torch.Size]:
@@ -120,7 +121,7 @@ class PrefixAdaptation(Adaptation):
         hidden = self.config.encoder_hidden_size or _width(model)
         if self.config.prefix_projection:
             for place in self.places:
-                encoder = f"{_ENCODERS}.{place}"
+                encoder = f"{ENCODERS}.{place}"
                 shapes[f"{encoder}.embedding.weight"] = torch.Size((n, _width(model)))
                 shapes[f"{encoder}.linear.weight"] = torch.Size((hidden, _width(model)))
                 shapes[f"{encoder}.linear.bias"] = torch.Size((hidden,))
@@ -136,12 +137,12 @@ class PrefixAdaptation(Adaptation):
 
     def _encoder(self, model: nn.Module, place: str) -> PrefixEncoder:
         hidden = self.config.encoder_hidden_size or _width(model)
-        where = _like(model.get_submodule(self.at(place)[0].path))
+        where = _like(model, self.at(place)[0].path)
         return PrefixEncoder(self.config.num_virtual_tokens, _width(model), hidden, **where)
 
     def _prefix(self, model: nn.Module, site: AttentionSite) -> Prefix:
         config, module = self.config, model.get_submodule(site.path)
-        arguments: dict[str, Any] = _like(module) | {
+        arguments: dict[str, Any] = _like(model, site.path) | {
             "n": config.num_virtual_tokens, "heads": site.heads, "key_dim": site.key_dim, "value_dim": site.value_dim,
             "config": module.config, "dropout": config.dropout, "zero": config.init_weights == "zero",
         }  # fmt: skip
@@ -202,7 +203,8 @@ def _width(model: nn.Module) -> int:
     return text_config(model).hidden_size
 
 
-def _like(module: nn.Module) -> dict[str, Any]:
-    """Device, and dtype of at least 32 bits, for what is trained beside a module."""
-    parameter = next(p for p in module.parameters() if p.is_floating_point())
-    return {"device": parameter.device, "dtype": torch.promote_types(parameter.dtype, torch.float32)}
+def _like(model: nn.Module, path: str) -> dict[str, Any]:
+    """Device, and dtype of at least 32 bits, for what is trained beside a module; a 4-bit one may have no floats."""
+    parameters = [*model.get_submodule(path).parameters(), *model.parameters()]
+    dtype = next(p.dtype for p in parameters if p.is_floating_point())
+    return {"device": parameters[0].device, "dtype": torch.promote_types(dtype, torch.float32)}
