@@ -94,8 +94,8 @@ def _errors(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
         "a": randn(R, K, scale=K**-0.5), "b": randn(N, R, scale=R**-0.5),
     }  # fmt: skip
     dy, magnitude = randn(M, N).to(dtype), randn(N)
-    table = {"weight": w.t(), "a": randn(R, K, scale=K**-0.5), "b": inputs["b"]}
-    yield from _compare("lora_embedding", _lora_embedding, torch.arange(M, device=device) * 7 % K, table, dy)
+    rows, embedding = torch.arange(M, device=device) * 7 % K, {"table": w.t(), "a": inputs["a"], "b": inputs["b"]}
+    yield from _compare("lora_embedding", partial(_lora_embedding, rows), w, embedding, dy)
     weights: dict[str, torch.Tensor | NF4Weight] = {"dense": w}
     for name, nested in (("nf4", False), ("nf4 nested", True)):
         packed = weights[name] = nf4.quantize(w, double_quant=nested)
@@ -126,8 +126,8 @@ def _dora_linear(package, weight, x, bias, a, b, magnitude):
     return package.dora_linear(x, weight, bias, a, b, magnitude, _SCALING, _P, seed)
 
 
-def _lora_embedding(package, x, weight, a, b):
-    return package.lora_embedding(x, weight, a, b, _SCALING)
+def _lora_embedding(x, package, _, table, a, b):
+    return package.lora_embedding(x, table, a, b, _SCALING)
 
 
 def _compare(
