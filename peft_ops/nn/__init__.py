@@ -1,4 +1,5 @@
 """Drop-in layers: thin modules around the ops."""
 
+from .bottleneck_adapter import BottleneckAdapter as BottleneckAdapter
 from .lora_linear import LoRALinear as LoRALinear
 from .nf4_linear import NF4Linear as NF4Linear
