@@ -28,7 +28,7 @@ class InPlace:
         return isinstance(config, InPlaceConfig)
 
     def recognises(self, saved: dict[str, Any]) -> bool:
-        return saved.get(_METHOD) in _CONFIGS
+        return str(saved.get(_METHOD)) in _CONFIGS
 
     def files(self, model: nn.Module, adaptation: Adaptation) -> Writers:
         config = adaptation.config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -44,7 +44,7 @@ class InPlaceAdaptation(Adaptation):
     """
 
     config: InPlaceConfig
-    opened: bool = field(default=False)
+    opened: bool = False
 
     def install(self, model: nn.Module) -> None:
         layers = [path for stack in layer_stacks(model, self.config.layers_pattern) for path in stack]

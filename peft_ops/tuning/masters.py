@@ -22,8 +22,8 @@ class MasterWeights(Optimizer):
     loaded) counts: the master follows wherever it no longer rounds to the parameter.
 
     Everything but step, state_dict and load_state_dict is the wrapped optimizer's: groups, learning-rate schedulers,
-    clipping of gradients, add_param_group. state_dict holds the masters. torch.amp.GradScaler refuses 16-bit gradients;
-    use bfloat16 without one.
+    clipping of gradients, add_param_group. state_dict holds the masters. torch.amp.GradScaler refuses float16
+    gradients: use bfloat16, without one.
 
     Args:
         optimizer: any torch optimizer that has not stepped yet, over parameters of any dtype; those that are not
