@@ -7,6 +7,7 @@ transformers, which imports a package called kernels where it finds one, sees on
 if __name__ == "kernels":
     __path__ = []
 else:
+    from . import bottleneck_adapter as bottleneck_adapter
     from . import dora as dora
     from . import down_project as down_project
     from . import linear_low_rank as linear_low_rank

@@ -12,6 +12,8 @@ LAUNCH = {
         "default": dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
         "fp32": dict(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2),
         "gfx": dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2),
+        "sm_100": dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=3),
+        "sm_100 fp32": dict(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=2),
     },
     "down_project_da": {
         "default": dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
@@ -48,6 +50,16 @@ LAUNCH = {
         "default": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3),
         "gfx": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=2),
     },
+    "up_project": {
+        "default": dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2),
+        "fp32": dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+    },
+    "up_project_gradients": {
+        "default": dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
+        "fp32": dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
+        "gfx": dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2),
+    },
+    "bottleneck_gradient": {"default": dict(BLOCK=1024, num_warps=4)},
 }
 PROGRAMS = 256  # how many programs a split reduction aims at: fixed, so that results do not depend on the GPU
 FUSED_LINEAR_MAX_M = 0  # rows up to which the base GEMM carries the low-rank term; above it, vendor GEMM + one update
@@ -71,7 +83,7 @@ def launch(kernel: str, arch: str, dtype: torch.dtype) -> dict[str, int]:
     """Block sizes, num_warps and num_stages of a kernel for operands of `dtype` on an architecture."""
     table = LAUNCH[kernel]
     amd = arch.startswith("gfx")
-    for key in (arch, "gfx") if amd else ("fp32",) if dtype == torch.float32 else (arch,):
+    for key in (arch, "gfx") if amd else (f"{arch} fp32", "fp32") if dtype == torch.float32 else (arch,):
         if key in table:
             return table[key]
     return table["default"]

@@ -1,5 +1,6 @@
 """Drop-in layers: thin modules around the ops."""
 
+from .bottleneck_adapter import BottleneckAdapter as BottleneckAdapter
 from .dora_linear import DoRALinear as DoRALinear
 from .lora_embedding import LoRAEmbedding as LoRAEmbedding
 from .lora_linear import LoRALinear as LoRALinear

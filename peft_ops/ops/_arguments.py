@@ -81,6 +81,34 @@ def check_magnitude(x: torch.Tensor, weight: torch.Tensor | NF4Weight, magnitude
     check_device(x, magnitude=magnitude)
 
 
+def check_bottleneck(
+    x: torch.Tensor, down_weight: torch.Tensor, down_bias: torch.Tensor | None, up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None, residual: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """x [..., K], down_weight [m, K], down_bias [m], up_weight [N, m], up_bias [N], residual [..., N] fit, m >= 1."""
+    others = {"down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias,
+              "residual": residual}  # fmt: skip
+    for name, t in {"x": x, **others}.items():
+        if t is None and name in ("down_bias", "up_bias", "residual"):
+            continue
+        if not isinstance(t, torch.Tensor) or not t.dtype.is_floating_point:
+            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    if down_weight.dim() != 2 or down_weight.shape[0] < 1:
+        raise ValueError(f"down_weight must be [m, in_features] with m >= 1, got {tuple(down_weight.shape)}")
+    m, k = down_weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x must be [..., {k}] to fit down_weight {(m, k)}, got {tuple(x.shape)}")
+    if up_weight.dim() != 2 or up_weight.shape[1] != m:
+        raise ValueError(f"up_weight must be [out_features, {m}] to fit down_weight, got {tuple(up_weight.shape)}")
+    n = up_weight.shape[0]
+    for name, bias, width in (("down_bias", down_bias, m), ("up_bias", up_bias, n)):
+        if bias is not None and bias.shape != (width,):
+            raise ValueError(f"{name} must be [{width}] to fit its weight, got {tuple(bias.shape)}")
+    if residual is not None and residual.shape != (*x.shape[:-1], n):
+        raise ValueError(f"residual must be {(*x.shape[:-1], n)} to fit x and up_weight, got {tuple(residual.shape)}")
+    check_device(x, **others)
+
+
 def check_device(x: torch.Tensor, x_name: str = "x", /, **others: torch.Tensor | None) -> None:
     """Every tensor is a plain one (no DTensor) on the device of x, which messages call by x_name."""
     for name, t in {x_name: x, **others}.items():

@@ -3,6 +3,7 @@ torch.vmap and torch.func transforms. x [M, K]; float32 adapters on a 16-bit x a
 
 import torch
 
+from .activations import activate
 from .dora import NORM_FLOOR
 from .dropout import dropout
 from .nf4 import nf4_dequantize
@@ -91,3 +92,17 @@ def lora_embedding(
     if embed_scale is not None:
         base, low_rank = base * embed_scale, low_rank * embed_scale
     return base + low_rank.to(base.dtype)
+
+
+def bottleneck_adapter(
+    x: torch.Tensor, down_weight: torch.Tensor, down_bias: torch.Tensor | None, up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None, activation: str, scaling: float, residual: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """residual + scaling · (act(x W_downᵀ + b_down) W_upᵀ + b_up), in the dtype that x and residual promote to."""
+    wide = torch.promote_types(x.dtype, down_weight.dtype)
+    down_bias, up_bias = (None if t is None else t.to(wide) for t in (down_bias, up_bias))
+    z = torch.nn.functional.linear(x.to(wide), down_weight.to(wide), down_bias)
+    term = scaling * torch.nn.functional.linear(activate(z, activation), up_weight.to(wide), up_bias)
+    if residual is None:
+        return term.to(x.dtype)
+    return (residual + term).to(torch.promote_types(x.dtype, residual.dtype))

@@ -130,6 +130,24 @@ def test_nf4_linear(captured):
     assert sum(name.startswith("_nf4") for name in names) >= 2
 
 
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("residual", ["x", "other", None])
+def test_bottleneck_adapter(captured, residual):
+    """y and dx are one kernel each, whatever the residual."""
+    names, compiled = captured
+    x, other = torch.randn(200, 64, requires_grad=True), torch.randn(200, 64, requires_grad=True)
+    parameters = [torch.randn(*shape, requires_grad=True) for shape in ((8, 64), (8,), (64, 8), (64,))]
+
+    def call(x, other, *parameters):
+        return ops.bottleneck_adapter(x, *parameters, "gelu", 0.5, {"x": x, "other": other, None: None}[residual])
+
+    compiled(call)(x, other, *parameters).sum().backward()
+    assert names.count("_down_project_kernel") == 2  # s and dh
+    assert names.count("_up_project_kernel") == 2  # y and dx
+    for name in ("_bottleneck_gradient_kernel", "_up_project_gradients_kernel", "_down_project_da_kernel"):
+        assert names.count(name) == 1
+
+
 def nf4_weight(w):
     """Quantised by the reference: the stub would leave the bytes unwritten."""
     packed, absmax = _backend.implementation("nf4", w.double()).nf4_quantize(w, 64)
