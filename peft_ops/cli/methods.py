@@ -52,6 +52,7 @@ class Method:
     config: of the settings and the model, which it may read. lr, embedded_lr: peak learning rates for a model of the
     user's and for the embedded one. options: those of the command line that it takes. trains_base: weights of the base
     are trained, which are then held in float32. layerwise: layers join one after another during the run.
+    lora_plus: the learning rate of B over that of A.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Method:
     options: tuple[str, ...] = ()
     trains_base: bool = False
     layerwise: bool = False
+    lora_plus: float | None = None
 
     def apply(self, model: nn.Module, settings: Settings) -> nn.Module:
         """Adapt `model` in place; UserError where the settings do not fit it."""
