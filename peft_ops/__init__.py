@@ -5,6 +5,7 @@ from . import nn as nn
 from . import ops as ops
 from .checkpoint import load_adapter as load_adapter
 from .checkpoint import save_adapter as save_adapter
+from .tuning import AdapterConfig as AdapterConfig
 from .tuning import FullConfig as FullConfig
 from .tuning import LayerwiseSchedule as LayerwiseSchedule
 from .tuning import LoRAConfig as LoRAConfig

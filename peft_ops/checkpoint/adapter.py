@@ -11,23 +11,25 @@ from ..tuning.adaptation import adaptation_of, require_adaptation, require_enabl
 from ..tuning.config import MethodConfig
 from ..tuning.lora_layers import lora_layers
 from ..tuning.methods import plan
+from .adapterhub import AdapterHub
 from .files import read_json, write_files
-from .format import CONFIG_NAME, WEIGHTS_NAME, Format, check_tensors, existing, listed
+from .format import CONFIG_NAME, Format, check_tensors, existing, listed
 from .in_place import InPlace
 from .peft_lora import PeftLoRA
 from .peft_prefix import PeftPrefix
 from .peft_prompt import PeftPrompt
 
-FORMATS: tuple[Format, ...] = (PeftLoRA(), PeftPrompt(), PeftPrefix(), InPlace())
+FORMATS: tuple[Format, ...] = (PeftLoRA(), PeftPrompt(), PeftPrefix(), AdapterHub(), InPlace())
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Write what was trained of an adapted model into the folder `path`.
 
     LoRA, QLoRA, prefix-tuning, P-tuning v2: in Hugging Face PEFT's format, read by peft.PeftModel.from_pretrained; an
-    encoder that training needs goes into adapter_training.safetensors beside it. All files are written and
-    flushed under temporary names before they take the place of earlier ones: an interrupted save leaves those. Of a
-    frozen base nothing is written.
+    encoder that training needs goes into adapter_training.safetensors beside it. Bottleneck adapters: in AdapterHub's,
+    read by load_adapter(path, use_safetensors=True) of a model of that package; LayerNorms, which it does not train, go
+    into adapter_training.safetensors. All files are written and flushed under temporary names before they take the
+    place of earlier ones: an interrupted save leaves those. Of a frozen base nothing is written.
 
     Raises:
         ValueError: the model is not adapted, or its adapters are disabled at the moment.
@@ -65,7 +67,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     elif not kind.writes(adaptation.config):
         raise ValueError(f"{file} is of another method: the model was adapted with {adaptation.method}")
     kind.check(model, adaptation, config)
-    check_tensors(folder / WEIGHTS_NAME, tensors, kind.expected(model, adaptation, config))
+    check_tensors(folder, tensors, kind.expected(model, adaptation, config))
     if planned:
         apply(model, adaptation)
     with torch.no_grad():

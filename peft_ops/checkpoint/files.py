@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import pickle
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -79,3 +80,14 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             return {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
         raise ValueError(f"{path} is corrupt or truncated: {error}") from error
+
+
+def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of torch.save, on the CPU, unpickling nothing but tensors; ValueError as above."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is corrupt, truncated or not only of tensors: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")
+    return tensors

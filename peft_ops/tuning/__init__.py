@@ -1,6 +1,7 @@
 """The fine-tuning methods: a config and what it does to a model."""
 
 from .adapt import adapt as adapt
+from .bottleneck_config import AdapterConfig as AdapterConfig
 from .counts import trainable_parameters as trainable_parameters
 from .full import FullConfig as FullConfig
 from .layerwise import LayerwiseSchedule as LayerwiseSchedule

@@ -14,6 +14,7 @@ def adapt(model: nn.Module, config: MethodConfig) -> nn.Module:
     QLoRAConfig: besides, every linear layer but the output head goes to NF4, one at a time: each dense weight is freed
     before the next is quantised, unless someone else holds it. Where an error is raised the model is left as it was.
 
+    AdapterConfig: bottleneck adapters stand in every block.
     FullConfig, PartialConfig: the model's own parameters are trained.
 
     Reentrant gradient checkpointing needs an input that requires a gradient: where it is already on,

@@ -4,6 +4,8 @@ from torch import nn
 
 from ..nn import LoRALinear
 from .adaptation import Adaptation, adaptation_of
+from .bottleneck import BottleneckAdaptation
+from .bottleneck_config import AdapterConfig
 from .config import MethodConfig
 from .full import FullAdaptation, FullConfig
 from .lora import LoRAAdaptation
@@ -17,6 +19,7 @@ from .prompt_config import PromptTuningConfig, PTuningConfig
 ADAPTATIONS: dict[type[MethodConfig], type[Adaptation]] = {
     FullConfig: FullAdaptation,
     LoRAConfig: LoRAAdaptation,
+    AdapterConfig: BottleneckAdaptation,
     PromptTuningConfig: PromptAdaptation,
     PTuningConfig: PromptAdaptation,
     PartialConfig: PartialAdaptation,
