@@ -1,7 +1,9 @@
 """PiSSA and LoftQ: how factors start, what the layers compute, and that the base is there again."""
 
+import peft
 import pytest
 import torch
+from tiny_models import llama, logits, snapshot, tokens, train
 from torch import nn
 
 import peft_ops
@@ -125,3 +127,117 @@ def test_the_4_bit_base_is_what_the_factors_leave(dtype, pissa):
         layer.lora_B.zero_()
     layer.adapter_enabled = False  # the model before training, not the residual alone
     assert (layer(x).double() - exact).norm() <= tolerance * exact.norm()
+
+
+# In models
+
+
+def adapted(config):
+    return peft_ops.adapt(llama(), config)
+
+
+def pissa(**fields):
+    return peft_ops.LoRAConfig(r=R, lora_alpha=8, target_modules="all-linear", init_lora_weights="pissa", **fields)
+
+
+def loftq_config(**fields):
+    return peft_ops.QLoRAConfig(r=R, target_modules="all-linear", init_lora_weights="loftq", loftq_iter=2, **fields)
+
+
+def qpissa():
+    return peft_ops.QLoRAConfig(r=R, target_modules="all-linear", init_lora_weights="pissa_niter_16")
+
+
+def test_models_start_as_their_base():
+    base = logits(llama())
+    torch.testing.assert_close(logits(adapted(pissa())), base, rtol=1e-4, atol=1e-4)
+    plain = (logits(adapted(peft_ops.QLoRAConfig(r=R, target_modules="all-linear"))) - base).norm()
+    for config in (loftq_config(), qpissa()):
+        model = adapted(config)
+        start = logits(model)
+        assert (start - base).norm() < plain
+        train(model)
+        assert not torch.equal(logits(model), start)
+        with peft_ops.adapters_disabled(model):
+            torch.testing.assert_close(logits(model), start, rtol=1e-4, atol=1e-4)
+
+
+def test_pissa_is_pefts(tmp_path):
+    """The same function and the same gradient steps as PEFT's, which changes the base weights."""
+    theirs = peft.get_peft_model(
+        llama(),
+        peft.LoraConfig(
+            r=R, lora_alpha=8, target_modules="all-linear", init_lora_weights="pissa", task_type="CAUSAL_LM"
+        ),
+    )
+    ours = adapted(pissa(task_type="CAUSAL_LM"))
+    for _ in range(3):
+        for model in (theirs, ours):
+            model.train()
+            model(input_ids=tokens(), labels=tokens()).loss.backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p -= 0.05 * p.grad
+                        p.grad = None
+    theirs.eval()
+    with torch.no_grad():
+        expected = theirs(input_ids=tokens()).logits
+    torch.testing.assert_close(logits(ours.eval()), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [pissa(), pissa(use_rslora=True, rank_pattern={"q_proj": 2})])
+def test_peft_loads_it_over_the_untouched_base(config, tmp_path):
+    model = adapted(config)
+    train(model)
+    peft_ops.save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=tokens()).logits, logits(model), rtol=1e-3, atol=1e-3)
+    plain = peft_ops.load_adapter(llama(), tmp_path)  # of rank 2 r
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-3, atol=1e-3)
+    merged = peft_ops.merge(adapted_and_loaded(config, tmp_path))
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-3, atol=1e-3)
+
+
+def adapted_and_loaded(config, folder):
+    return peft_ops.load_adapter(adapted(config), folder)
+
+
+@pytest.mark.parametrize("config", [pissa(), loftq_config(), qpissa()])
+def test_training_goes_on_to_the_bit(config, tmp_path):
+    model = adapted(config)
+    train(model)
+    peft_ops.save_adapter(model, tmp_path)
+    again = adapted_and_loaded(config, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert train(again) == train(model)
+
+
+def test_bad_input(tmp_path):
+    for fields, message in (
+        ({"init_lora_weights": "loftq"}, "use a QLoRAConfig"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, "cannot be used with use_dora"),
+        ({"init_lora_weights": "pissa_niter_x"}, "init_lora_weights must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            peft_ops.LoRAConfig(**fields)
+    with pytest.raises(ValueError, match="loftq_iter must be at least 1"):
+        peft_ops.QLoRAConfig(loftq_iter=0)
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="up_proj.weight holds NaN or infinite values and cannot be decomposed"):
+        peft_ops.adapt(model, pissa())
+    with pytest.raises(ValueError, match="decomposes dense weights"):
+        peft_ops.adapt(model, peft_ops.LoRAConfig(target_modules=["embed_tokens"], init_lora_weights="pissa"))
+    assert before["types"] == snapshot(model)["types"]
+    peft_ops.save_adapter(adapted(peft_ops.LoRAConfig(r=R, lora_alpha=8, target_modules="all-linear")), tmp_path)
+    with pytest.raises(ValueError, match="does not go on from init_lora_weights='pissa'"):
+        peft_ops.load_adapter(adapted(pissa()), tmp_path)
+    peft_ops.save_adapter(adapted(loftq_config()), tmp_path)
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.1).add_(0.05)
+    with pytest.raises(ValueError, match="made on another base: model.layers.0.mlp.up_proj"):
+        peft_ops.load_adapter(peft_ops.adapt(other, loftq_config()), tmp_path)

@@ -87,6 +87,10 @@ def _lora(settings: Settings, kind: type[LoRAConfig] = LoRAConfig, **fields: Any
     )  # fmt: skip
 
 
+def _loftq(settings: Settings, model: nn.Module) -> LoRAConfig:
+    return _lora(settings, QLoRAConfig, init_lora_weights="loftq", loftq_iter=4)
+
+
 def _layers(settings: Settings, model: Any) -> int:
     return settings.layers or max(1, model.config.get_text_config().num_hidden_layers // 4)
 
@@ -158,7 +162,10 @@ _ALL = (
     Method("lora", "LoRA", LORA, lambda s, m: _lora(s), 2e-4, 7e-3, LORA_OPTIONS),
     Method("rslora", "rsLoRA", LORA, lambda s, m: _lora(s, use_rslora=True), 1e-4, 3e-3, LORA_OPTIONS),
     Method("lora-plus", "LoRA+", LORA, lambda s, m: _lora(s), 1e-4, 3e-3, LORA_OPTIONS, lora_plus=16.0),
+    Method("dora", "DoRA", LORA, lambda s, m: _lora(s, use_dora=True), 2e-4, 7e-3, LORA_OPTIONS),
+    Method("pissa", "PiSSA", LORA, lambda s, m: _lora(s, init_lora_weights="pissa_niter_16"), 1e-4, 3e-3, LORA_OPTIONS),
     Method("qlora", "QLoRA", LORA, lambda s, m: _lora(s, QLoRAConfig), 2e-4, 7e-3, LORA_OPTIONS),
+    Method("loftq", "LoftQ", LORA, _loftq, 1e-4, 3e-3, LORA_OPTIONS),
 )  # fmt: skip
 METHODS = {method.name: method for method in _ALL}
 
