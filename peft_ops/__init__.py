@@ -17,9 +17,13 @@ from .tuning import PTuningConfig as PTuningConfig
 from .tuning import PTuningV2Config as PTuningV2Config
 from .tuning import QLoRAConfig as QLoRAConfig
 from .tuning import adapt as adapt
+from .tuning import adapter_names as adapter_names
 from .tuning import adapters_disabled as adapters_disabled
+from .tuning import add_weighted_adapter as add_weighted_adapter
+from .tuning import delete_adapter as delete_adapter
 from .tuning import eject as eject
 from .tuning import lora_plus_groups as lora_plus_groups
 from .tuning import merge as merge
 from .tuning import optimizer_for as optimizer_for
+from .tuning import set_adapter as set_adapter
 from .tuning import trainable_parameters as trainable_parameters

@@ -11,6 +11,7 @@ from ..tuning.adaptation import adaptation_of, require_adaptation, require_enabl
 from ..tuning.config import MethodConfig
 from ..tuning.lora_layers import lora_layers
 from ..tuning.methods import plan
+from ..tuning.named import activated, adapter_names, add, name_active
 from .adapterhub import AdapterHub
 from .files import read_json, write_files
 from .format import CONFIG_NAME, Format, check_tensors, existing, listed
@@ -22,7 +23,7 @@ from .peft_prompt import PeftPrompt
 FORMATS: tuple[Format, ...] = (PeftLoRA(), PeftPrompt(), PeftPrefix(), AdapterHub(), InPlace())
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
+def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str | None = None) -> None:
     """Write what was trained of an adapted model into the folder `path`.
 
     LoRA, QLoRA, prefix-tuning, P-tuning v2: in Hugging Face PEFT's format, read by peft.PeftModel.from_pretrained; an
@@ -34,14 +35,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         ValueError: the model is not adapted, or its adapters are disabled at the moment.
     """
-    adaptation = require_adaptation(model)
+    require_adaptation(model)
     require_enabled(model)
-    write_files(Path(path), _format_of(adaptation.config).files(model, adaptation))
+    with activated(model, adapter_name):
+        adaptation = require_adaptation(model)
+        write_files(Path(path), _format_of(adaptation.config).files(model, adaptation))
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+def load_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str | None = None) -> nn.Module:
     """Load a checkpoint of any method into `model`, which is returned; one that is not adapted is adapted first.
 
+    adapter_name: of several LoRA adapters, the one to load into, or a new one to add; None is the active one.
     Everything is checked before the model is touched. The adapter is trainable afterwards, as after adapt.
 
     Raises:
@@ -50,6 +54,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
             feature that is not supported; NaN or infinite values; adapters that are merged or disabled.
         TypeError: a field of the config has the wrong type, or the config targets a layer that is not linear.
     """
+    if adapter_name is not None and adaptation_of(model) is not None:
+        return _load_by_name(model, path, adapter_name)
     require_enabled(model)
     merged = [path for path, layer in lora_layers(model).items() if layer.merged]
     if merged:
@@ -72,7 +78,19 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         apply(model, adaptation)
     with torch.no_grad():
         kind.assign(model, adaptation, tensors)
+    if adapter_name is not None:
+        name_active(model, adapter_name)
     return model
+
+
+def _load_by_name(model: nn.Module, path: str | os.PathLike, adapter_name: str) -> nn.Module:
+    if adapter_name in adapter_names(model):
+        with activated(model, adapter_name):
+            return load_adapter(model, path)
+    saved = read_json(existing(Path(path) / CONFIG_NAME))
+    if not PeftLoRA().recognises(saved):
+        raise ValueError(f"{path} holds no LoRA adapter, the only one that can be added to another")
+    return add(model, adapter_name, lambda: load_adapter(model, path))
 
 
 def _format_of(config: MethodConfig) -> Format:

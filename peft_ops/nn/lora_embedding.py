@@ -125,6 +125,11 @@ class LoRAEmbedding(LoRALayer):
     def to_base(self) -> nn.Module:
         return self.to_embedding()
 
+    def base(self) -> nn.Module:
+        layer = self._rebuilt(weight=self._parameters["weight"])
+        _share_buffers(self, layer)
+        return layer
+
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._repr_of_adapter()}"

@@ -37,6 +37,10 @@ class LoRALayer(nn.Module):
         """The layer that was replaced, with the adapter merged in."""
         raise NotImplementedError
 
+    def base(self) -> nn.Module:
+        """The layer that was replaced, over the same tensors, without the adapter."""
+        raise NotImplementedError
+
     def _share_attributes(self, base: nn.Module) -> None:
         """The public attributes of the layer replaced, which its forward reads and `_rebuilt` gives back."""
         self._base_class = type(base)

@@ -134,6 +134,9 @@ class LoRALinear(LoRALayer):
     def to_base(self) -> nn.Module:
         return self.to_linear()
 
+    def base(self) -> nn.Module:
+        return self._rebuilt(weight=self._parameters["weight"], bias=self.bias)
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "

@@ -62,6 +62,9 @@ class NF4LoRALinear(LoRALinear, NF4Storage):
         weight = nf4.dequantize(self.weight) if self.merged else self.merged_weight()
         return plain_linear(weight, self.bias).train(self.training)
 
+    def base(self) -> NF4Linear:
+        return NF4Linear.from_weight(self.weight, self.bias).train(self.training)
+
     def to_nf4_linear(self) -> NF4Linear:
         """An NF4Linear with the adapter merged in and quantised again (lossy)."""
         return NF4Linear.from_linear(self.to_linear(), self.blocksize, self.weight.nested)

@@ -1,18 +1,25 @@
 """Taking what a method added out of a model, by folding it into what is there."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from .adaptation import adaptation_of, require_adaptation, require_enabled, set_adaptation
 from .lora_layers import lora_layers, merge_layers
+from .named import forget_names, set_adapter
+from .weighted import add_weighted_adapter
 
 
-def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
+def merge(model: nn.Module, requantize: bool = False, adapter_names: Sequence[str] | None = None) -> nn.Module:
     """Fold the method into plain weights and return the model, which is no longer adapted.
 
     LoRA: nn.Linear (Conv1D, ...) with W + scaling · B A takes the place of the LoRA layers; the sum is computed in
     float32 and rounded once. Trained biases and modules_to_save stay as trained. Of a 4-bit base every layer becomes a
     dense nn.Linear in the dtype it had before it was quantised; with requantize=True it stays NF4 and merged weights
     are quantised again, which loses what NF4 cannot hold. Full and partial fine-tuning: the trained weights stay.
+
+    adapter_names: of several LoRA adapters these are added up and merged, by default the active one alone; the others
+    are dropped, since the base that they were made for is no more.
 
     Raises:
         ValueError: the method cannot be merged (it is named); a merged weight would hold NaN or infinite values (the
@@ -25,9 +32,21 @@ def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
         merge_layers(model, requantize)
         return model
     require_enabled(model)
+    if adapter_names is not None:
+        _activate_sum(model, adapter_names)
+        adaptation = require_adaptation(model)
     adaptation.merge(model, requantize)
     set_adaptation(model, None)
+    forget_names(model)
     return model
+
+
+def _activate_sum(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    if len(adapter_names) > 1:
+        total = "+".join(adapter_names)
+        add_weighted_adapter(model, adapter_names, [1.0] * len(adapter_names), total)
+        adapter_names = [total]
+    set_adapter(model, *adapter_names)
 
 
 def eject(model: nn.Module) -> nn.Module:
