@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from peft_ops import nf4
-from peft_ops.nn import DoRALinear, LoRALinear, NF4Linear
+from peft_ops.nn import BottleneckAdapter, DoRALinear, LoRALinear, NF4Linear
 
 R, ALPHA = 16, 32
 BLOCKSIZE = 64
+BOTTLENECK = 64
 
 
 def _needs(package: str):
@@ -101,6 +102,33 @@ class _Addmm(torch.autograd.Function):
         return (dy @ w).addmm_(ds, a), None, ds.t() @ x, dy.t() @ s * ctx.scaling, None
 
 
+def ours_adapter(linear: nn.Linear, p: float) -> nn.Module:
+    """Float32 parameters, whatever the dtype of x."""
+    return BottleneckAdapter(linear.in_features, BOTTLENECK, device=linear.weight.device, dtype=torch.float32)
+
+
+def eager_adapter(linear: nn.Linear, p: float) -> nn.Module:
+    """As AdapterHub computes it, with parameters in the dtype of x."""
+    return EagerAdapter(linear.in_features).to(linear.weight)
+
+
+def eager_adapter_float32(linear: nn.Linear, p: float) -> nn.Module:
+    """The same with float32 parameters, for which x is widened."""
+    return EagerAdapter(linear.in_features).to(linear.weight.device)
+
+
+class EagerAdapter(nn.Module):
+    def __init__(self, features: int):
+        super().__init__()
+        self.down = nn.Sequential(nn.Linear(features, BOTTLENECK), nn.GELU())
+        self.up = nn.Linear(BOTTLENECK, features)
+
+    def forward(self, x):
+        up = self.up(self.down(x.to(self.up.weight.dtype)))
+        return x + up.to(x.dtype)
+
+
+ADAPTER = {"peft-ops": ours_adapter, "eager": eager_adapter, "eager float32": eager_adapter_float32}
 LORA = {"peft-ops": ours_lora, "nn.Linear": frozen_linear, "PEFT": peft_lora, "addmm": addmm_lora}
 NF4_LINEAR = {"peft-ops": ours_nf4, "nn.Linear": frozen_linear, "bitsandbytes": bitsandbytes_linear}
 DORA = {"peft-ops": ours_dora, "LoRA": ours_lora, "nn.Linear": frozen_linear, "PEFT": peft_dora}

@@ -34,6 +34,14 @@ def linear_shapes(tiny: bool) -> list[Shape]:
     return full + [Shape(m, *nk) for nk, m in product(OF_MODELS, (1, 1024, 8192))]
 
 
+def adapter_shapes(tiny: bool) -> list[Shape]:
+    """Of x [M, d] and an adapter on it: d of BERT-base and -large, and of a 7B model."""
+    if tiny:
+        return [Shape(8, 128, 128)]
+    widths, rows = ((768, 1024, 4096), (1, 128, 1024, 8192)) if ON_GPU else ((768,), (1, 16, 1024, 4096))
+    return [Shape(m, d, d) for d, m in product(widths, rows)]
+
+
 def weight_shapes(tiny: bool) -> list[Shape]:
     """Of a weight alone: M = 0."""
     return [Shape(0, *nk) for nk in ((TINY,) if tiny else (SQUARE, *OF_MODELS) if ON_GPU else (ON_CPU,))]

@@ -19,6 +19,7 @@ from .tuning import QLoRAConfig as QLoRAConfig
 from .tuning import adapt as adapt
 from .tuning import adapters_disabled as adapters_disabled
 from .tuning import eject as eject
+from .tuning import lora_plus_groups as lora_plus_groups
 from .tuning import merge as merge
 from .tuning import optimizer_for as optimizer_for
 from .tuning import trainable_parameters as trainable_parameters

@@ -52,6 +52,20 @@ def test_dora_contenders_compute_the_same():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["eager", "eager float32"])
+def test_adapter_contenders_compute_what_ours_computes(name):
+    linear, x, dy = nn.Linear(24, 24), torch.randn(5, 24, requires_grad=True), torch.randn(5, 24)
+    ours, theirs = (peers.ADAPTER[contender](linear, 0.0) for contender in ("peft-ops", name))
+    for ours_name, theirs_name in {"down_weight": "down.0.weight", "down_bias": "down.0.bias", "up_weight": "up.weight",
+                                   "up_bias": "up.bias"}.items():  # fmt: skip
+        with torch.no_grad():
+            getattr(ours, ours_name).copy_(torch.randn_like(getattr(ours, ours_name)))
+            theirs.get_parameter(theirs_name).copy_(getattr(ours, ours_name))
+    y, truth = ours(x), theirs(x)
+    torch.testing.assert_close(y, truth, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*(torch.autograd.grad(t, x, dy)[0] for t in (y, truth)), rtol=1e-4, atol=1e-4)
+
+
 def test_peft_adapters_are_float32_on_a_16_bit_base():
     layer = peers.peft_lora(nn.Linear(8, 8, bias=False, dtype=torch.bfloat16), 0.1)
     assert {p.dtype for name, p in layer.named_parameters() if "lora_" in name} == {torch.float32}

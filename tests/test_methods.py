@@ -26,6 +26,21 @@ METHODS = {
     "adapters, Pfeiffer": lambda task: peft_ops.AdapterConfig.pfeiffer(mh_adapter=True, bottleneck=4, task_type=task),
     "adapters, parallel": lambda task: peft_ops.AdapterConfig.parallel(mh_adapter=True, bottleneck=4, task_type=task),
     "LoRA": lambda task: peft_ops.LoRAConfig(r=4, lora_dropout=0.1, target_modules="all-linear", task_type=task),
+    "LoRA, embeddings too": lambda task: peft_ops.LoRAConfig(
+        r=4, target_modules=["word_embeddings", "embed_tokens", "q_proj", "query", "q"], task_type=task
+    ),
+    "DoRA": lambda task: peft_ops.LoRAConfig(
+        r=4, lora_dropout=0.1, target_modules="all-linear", use_dora=True, task_type=task
+    ),
+    "QLoRA with DoRA": lambda task: peft_ops.QLoRAConfig(
+        r=4, target_modules="all-linear", use_dora=True, task_type=task
+    ),
+    "PiSSA": lambda task: peft_ops.LoRAConfig(
+        r=4, target_modules="all-linear", init_lora_weights="pissa", task_type=task
+    ),
+    "LoftQ": lambda task: peft_ops.QLoRAConfig(
+        r=4, target_modules="all-linear", init_lora_weights="loftq", task_type=task
+    ),
     "QLoRA": lambda task: peft_ops.QLoRAConfig(r=4, target_modules="all-linear", task_type=task),
 }
 IN_PLACE = ("full", "top layer", "bottom frozen")  # no copy of the base is kept
@@ -114,7 +129,7 @@ def test_the_base_is_there_while_adapters_are_disabled(name, method):
         with pytest.raises(ValueError, match="keeps no copy of the base model"), peft_ops.adapters_disabled(model):
             pass
         return
-    if method == "QLoRA":
+    if "QLoRA" in method or method == "LoftQ":
         return  # its base is the quantised one: tests/test_adapt.py
     with torch.no_grad(), peft_ops.adapters_disabled(model):
         logits = model(tokens(), labels=tiny_models.labels(base)).logits
@@ -150,7 +165,10 @@ def test_a_16_bit_base_trains(method):
     assert model(tokens()).logits.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in (*IN_PLACE, "LoRA", "QLoRA")])
+HOOKED = [m for m in METHODS if m not in IN_PLACE and not any(n in m for n in ("LoRA", "DoRA", "PiSSA", "LoftQ"))]
+
+
+@pytest.mark.parametrize("method", HOOKED)
 @pytest.mark.unpoisoned
 def test_torch_compile_captures_it_whole(method):
     """Forward without a graph break, of methods that hang on hooks (the layers: tests/aot/test_capture.py)."""

@@ -66,7 +66,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         adaptation = plan(model, config)
     elif not kind.writes(adaptation.config):
         raise ValueError(f"{file} is of another method: the model was adapted with {adaptation.method}")
-    kind.check(model, adaptation, config)
+    tensors = kind.fit(model, adaptation, config, tensors)
     check_tensors(folder, tensors, kind.expected(model, adaptation, config))
     if planned:
         apply(model, adaptation)

@@ -70,12 +70,13 @@ class AdapterHub:
         training = folder / TRAINING_NAME
         return config, tensors | head_tensors | (read_safetensors(training) if training.is_file() else {})
 
-    def check(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig) -> None:
+    def fit(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig, tensors: Tensors) -> Tensors:
         """What the checkpoint's adapters compute must be what the model's do: the weights mean nothing else."""
         assert isinstance(config, AdapterConfig)
         wrong = differences(config, adaptation.config)
         if wrong:
             raise ValueError(f"the config of the checkpoint differs from the model's: {', '.join(wrong)}")
+        return tensors
 
     def expected(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig) -> dict[str, torch.Size]:
         assert isinstance(adaptation, BottleneckAdaptation)

@@ -33,8 +33,11 @@ class Format(Protocol):
     def read(self, folder: Path, saved: dict[str, Any]) -> tuple[MethodConfig, Tensors]:
         """The config, and the tensors by the keys of the file; raises errors that name the file."""
 
-    def check(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig) -> None:
-        """Raises ValueError where the checkpoint's config does not fit what the model was adapted with."""
+    def fit(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig, tensors: Tensors) -> Tensors:
+        """The tensors that are for this model.
+
+        Raises ValueError: the checkpoint's config does not fit what the model was adapted with.
+        """
 
     def expected(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig) -> dict[str, torch.Size]:
         """Key and shape of every tensor that the file must have; the model may be still to be adapted."""

@@ -47,10 +47,11 @@ class InPlace:
             raise type(error)(f"{folder / CONFIG_NAME}: {error}") from error
         return config, read_safetensors(existing(folder / WEIGHTS_NAME))
 
-    def check(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig) -> None:
+    def fit(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig, tensors: Tensors) -> Tensors:
         """The names of the tensors say the rest."""
         if _name(config) != _name(adaptation.config):
             raise ValueError(f"the checkpoint is of {_METHOD} {_name(config)}; the model was adapted otherwise")
+        return tensors
 
     def expected(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig) -> dict[str, torch.Size]:
         return adaptation.shapes(model)

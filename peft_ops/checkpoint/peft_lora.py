@@ -1,4 +1,7 @@
-"""LoRA in the format of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors."""
+"""LoRA in the format of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors.
+
+PiSSA and LoftQ are written as plain LoRA over the base model; what their training goes on from stands beside it.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,17 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn import LoRALinear
+from ..nn.lora_layer import LoRALayer
 from ..tuning.adaptation import Adaptation
 from ..tuning.config import MethodConfig
 from ..tuning.lora import LoRAAdaptation
 from ..tuning.lora_config import LoRAConfig
 from ..tuning.trained import get_tensor
 from .files import json_writer, read_safetensors, tensor_writer
-from .format import CONFIG_NAME, WEIGHTS_NAME, Tensors, Writers, existing, listed
+from .format import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME, Tensors, Writers, existing, listed
 from .peft_config import config_from_peft, config_to_peft
+from .principal import check_start, plain_config, plain_factor, start_names
 
-_PREFIX = "base_model.model."
+_PREFIX, _TRAINING = "base_model.model.", "training: "
 
 
 class PeftLoRA:
@@ -30,10 +34,17 @@ class PeftLoRA:
 
     def files(self, model: nn.Module, adaptation: Adaptation) -> Writers:
         assert isinstance(adaptation, LoRAAdaptation)
-        tensors = {key: get_tensor(model, name) for key, name in _names(adaptation).items()}
+        config, names, training = adaptation.config, _names(model, adaptation), None
+        tensors = {key: get_tensor(model, name) for key, name in names.items()}
+        if config.starts_from_weight:
+            starts = {name: get_tensor(model, name) for name in start_names(adaptation)}
+            training = tensor_writer({key: t for key, t in tensors.items() if ".lora_" in key} | starts)
+            tensors = {key: plain_factor(model, names[key], t) for key, t in tensors.items()}
+            config = plain_config(config)
         return {
             WEIGHTS_NAME: tensor_writer(tensors),
-            CONFIG_NAME: json_writer(config_to_peft(adaptation.config, model)),
+            TRAINING_NAME: training,
+            CONFIG_NAME: json_writer(config_to_peft(config, model)),
         }
 
     def read(self, folder: Path, saved: dict[str, Any]) -> tuple[MethodConfig, Tensors]:
@@ -41,37 +52,57 @@ class PeftLoRA:
             config = config_from_peft(saved)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{folder / CONFIG_NAME}: {error}") from error
-        return config, _without_leftovers(read_safetensors(existing(folder / WEIGHTS_NAME)))
+        tensors = _without_leftovers(read_safetensors(existing(folder / WEIGHTS_NAME)))
+        if (folder / TRAINING_NAME).is_file():
+            training = read_safetensors(folder / TRAINING_NAME)
+            tensors |= {_TRAINING + key: tensor for key, tensor in training.items()}
+        return config, tensors
 
-    def check(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig) -> None:
-        """The checkpoint's lora_alpha and rslora must be the model's: the weights mean nothing else."""
+    def fit(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig, tensors: Tensors) -> Tensors:
+        """The checkpoint's lora_alpha, rslora and dora must be the model's: the weights mean nothing else."""
         assert isinstance(adaptation, LoRAAdaptation)
         assert isinstance(config, LoRAConfig)
+        training = {key.removeprefix(_TRAINING): t for key, t in tensors.items() if key.startswith(_TRAINING)}
+        tensors = {key: t for key, t in tensors.items() if not key.startswith(_TRAINING)}
+        if adaptation.config.starts_from_weight:
+            if not training:
+                init = adaptation.config.init_lora_weights
+                raise ValueError(f"the checkpoint does not go on from init_lora_weights={init!r}, as the model does")
+            check_start(model, adaptation, training)
+            return {key: t for key, t in tensors.items() if ".lora_" not in key} | training
+        if config.use_dora != adaptation.config.use_dora:
+            raise ValueError(f"use_dora of the checkpoint is {config.use_dora}, that of the model is not")
         wrong = []
         for path in adaptation.targets:
             layer = model.get_submodule(path)
-            if isinstance(layer, LoRALinear) and layer.r == config.rank(path) and layer.scaling != config.scaling(path):
+            if isinstance(layer, LoRALayer) and layer.r == config.rank(path) and layer.scaling != config.scaling(path):
                 wrong.append(f"{path}: {config.scaling(path):g}, the model has {layer.scaling:g}")
         if wrong:
             raise ValueError(f"scaling (lora_alpha, r, use_rslora) of the checkpoint differs: {listed(wrong)}")
+        return _without_base_copies(model, tensors)
 
     def expected(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig) -> dict[str, torch.Size]:
         assert isinstance(adaptation, LoRAAdaptation)
         shapes = adaptation.shapes(model)
-        return {key: shapes[name] for key, name in _names(adaptation).items()}
+        expected = {key: shapes[name] for key, name in _names(model, adaptation).items()}
+        if adaptation.config.starts_from_weight:
+            expected |= {name: get_tensor(model, name).shape for name in start_names(adaptation)}
+        return expected
 
     def assign(self, model: nn.Module, adaptation: Adaptation, tensors: Tensors) -> None:
         assert isinstance(adaptation, LoRAAdaptation)
-        for key, name in _names(adaptation).items():
+        for key, name in _names(model, adaptation).items():
             get_tensor(model, name).copy_(tensors[key])
+        if adaptation.config.starts_from_weight:
+            for name in start_names(adaptation):
+                get_tensor(model, name).copy_(tensors[name])
 
 
-def _names(adaptation: LoRAAdaptation) -> dict[str, str]:
+def _names(model: nn.Module, adaptation: LoRAAdaptation) -> dict[str, str]:
     """{key in the file: name in the model}."""
     adapters = {
-        f"{_PREFIX}{path}.{leaf}.weight": f"{path}.{leaf}"
-        for path in adaptation.targets
-        for leaf in ("lora_A", "lora_B")
+        f"{_PREFIX}{name}" + (".weight" if name.endswith(("lora_A", "lora_B")) else ""): name
+        for name in adaptation.adapter_shapes(model)
     }
     wrapped = set(adaptation.targets)
     for name in adaptation.trained:
@@ -84,3 +115,23 @@ def _without_leftovers(tensors: Tensors) -> Tensors:
     """With bias='all' PEFT writes the biases of modules_to_save three times; the plain key is the one it reads."""
     plain = {key: key.replace(".modules_to_save.", ".").replace(".original_module.", ".") for key in tensors}
     return {key: tensor for key, tensor in tensors.items() if plain[key] == key or plain[key] not in tensors}
+
+
+def _without_base_copies(model: nn.Module, tensors: Tensors) -> Tensors:
+    """PEFT writes the frozen weights of input and output embeddings that it adapts: they have to be the model's own.
+
+    Raises:
+        ValueError: they are not, as after a vocabulary that was resized on both sides.
+    """
+    copies, other = [key for key in tensors if key.endswith(".base_layer.weight")], []
+    for key in copies:
+        path = key.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
+        own, saved = model.get_submodule(path)._parameters.get("weight"), tensors[key]
+        if own is None or own.shape != saved.shape or own.is_meta:
+            continue  # of another layout, which check_tensors reports, or nothing to compare
+        narrow = min(own.dtype, saved.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(own.detach().cpu().to(narrow), saved.to(narrow)):
+            other.append(path)
+    if other:
+        raise ValueError(f"the checkpoint was made on another base: it has other weights for {listed(other)}")
+    return {key: tensor for key, tensor in tensors.items() if key not in copies}

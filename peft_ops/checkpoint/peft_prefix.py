@@ -79,7 +79,7 @@ class PeftPrefix:
                 )
         return config, tensors | encoders
 
-    def check(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig) -> None:
+    def fit(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig, tensors: Tensors) -> Tensors:
         """What the tensors mean must be the same in the model."""
         assert isinstance(adaptation, PrefixAdaptation)
         assert isinstance(config, PrefixTuningConfig)
@@ -87,6 +87,7 @@ class PeftPrefix:
             ours, theirs = getattr(adaptation.config, name), getattr(config, name)
             if ours != theirs:
                 raise ValueError(f"{name} of the checkpoint differs: {theirs}, the model was adapted with {ours}")
+        return tensors
 
     def expected(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig) -> dict[str, torch.Size]:
         assert isinstance(adaptation, PrefixAdaptation)

@@ -64,11 +64,12 @@ class PeftPrompt:
             raise ValueError(f"{folder}: {TRAINING_NAME} and {WEIGHTS_NAME} are of two different saves")
         return config, tensors | training
 
-    def check(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig) -> None:
+    def fit(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig, tensors: Tensors) -> Tensors:
         for name in ("template", "pseudo_token_id"):
             ours, theirs = (getattr(c, name, None) for c in (adaptation.config, config))
             if jsonable(ours) != jsonable(theirs):
                 raise ValueError(f"{name} of the checkpoint is {theirs!r}, the model was adapted with {ours!r}")
+        return tensors
 
     def expected(self, model: nn.Module, adaptation: Adaptation, config: MethodConfig) -> dict[str, torch.Size]:
         assert isinstance(adaptation, PromptAdaptation)

@@ -118,6 +118,7 @@ def _how(command: argparse.ArgumentParser) -> None:
     add("--target-modules", nargs="+", metavar="NAME", help="default: all-linear; one NAME may be a regular expression")
     add("--layers", type=_at_least(1), metavar="N", help="trained at the top, or frozen below (default: a quarter)")
     add("--virtual-tokens", type=_at_least(1), metavar="N", help="of prompts and prefixes (default: 16)")
+    add("--bottleneck", type=_at_least(1), metavar="M", help="features in the middle of adapters (default: 64)")
     add("--init-text", metavar="TEXT", help="what prompts and prefixes start as (default: the start of the data)")
     add("--gradient-checkpointing", action="store_true", help="compute activations again instead of keeping them")
     add("--checkpoint-every", type=_at_least(1), default=50, metavar="N", help="steps (default: %(default)s)")

@@ -96,6 +96,14 @@ def _errors(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
     dy, magnitude = randn(M, N).to(dtype), randn(N)
     rows, embedding = torch.arange(M, device=device) * 7 % K, {"table": w.t(), "a": inputs["a"], "b": inputs["b"]}
     yield from _compare("lora_embedding", partial(_lora_embedding, rows), w, embedding, dy)
+    for residual, width in (("x", K), ("another", N)):
+        down = {"x": inputs["x"], "down": inputs["a"], "down_bias": randn(R)}
+        adapter = down | {"up": randn(width, R, scale=R**-0.5), "up_bias": randn(width)}
+        if residual == "another":
+            adapter["residual"] = randn(M, N).to(dtype)
+        yield from _compare(
+            f"bottleneck_adapter on {residual}", _bottleneck_adapter, w, adapter, randn(M, width).to(dtype)
+        )
     weights: dict[str, torch.Tensor | NF4Weight] = {"dense": w}
     for name, nested in (("nf4", False), ("nf4 nested", True)):
         packed = weights[name] = nf4.quantize(w, double_quant=nested)
@@ -124,6 +132,11 @@ def _lora_linear(p, package, weight, x, bias, a, b):
 def _dora_linear(package, weight, x, bias, a, b, magnitude):
     seed = torch.tensor(_SEED, device=x.device)
     return package.dora_linear(x, weight, bias, a, b, magnitude, _SCALING, _P, seed)
+
+
+def _bottleneck_adapter(package, _, x, down, down_bias, up, up_bias, residual=None):
+    onto = x if residual is None else residual
+    return package.bottleneck_adapter(x, down, down_bias, up, up_bias, "gelu", _SCALING, onto)
 
 
 def _lora_embedding(x, package, _, table, a, b):

@@ -118,7 +118,7 @@ def train(
     lr = method.lr if args.model else method.embedded_lr
     options = Options(
         steps=args.steps, batch_size=args.batch_size, lr=lr, seed=args.seed, dtype=dtype,
-        layerwise=method.layerwise,
+        layerwise=method.layerwise, lora_plus=method.lora_plus,
         warmup=max(1, args.steps // 20), evaluate_every=max(1, args.steps // 4),
     )  # fmt: skip
     count, bits = trainable_parameters(model), base_bits(model)

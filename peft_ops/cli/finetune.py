@@ -130,7 +130,8 @@ def options_of(args: Namespace, method: Method, dtype: torch.dtype) -> Options:
     return Options(
         steps=args.steps, batch_size=args.batch_size, lr=args.lr, accumulation=args.accumulation,
         warmup=max(1, round(args.warmup * args.steps)), weight_decay=args.weight_decay, clip=args.clip, seed=args.seed,
-        dtype=dtype, layerwise=method.layerwise, optimizer=args.optim, checkpoint_every=args.checkpoint_every,
+        dtype=dtype, layerwise=method.layerwise, lora_plus=method.lora_plus,
+        optimizer=args.optim, checkpoint_every=args.checkpoint_every,
         evaluate_every=args.evaluate_every or max(1, args.steps // 6),
     )  # fmt: skip
 

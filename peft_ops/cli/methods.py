@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .. import (
+    AdapterConfig,
     FullConfig,
     LoRAConfig,
     PartialConfig,
@@ -29,6 +30,7 @@ class Settings:
     r, lora_alpha, lora_dropout, target_modules: of the LoRA family; lora_alpha None is 2 r.
     layers: trained at the top, or frozen at the bottom; None is a quarter of them.
     virtual_tokens: n of prompts and prefixes. init_ids: token ids of the text that they start as, repeated or cut to n.
+    bottleneck: m of adapters.
     """
 
     r: int = 8
@@ -37,6 +39,7 @@ class Settings:
     target_modules: list[str] | str | None = None
     layers: int | None = None
     virtual_tokens: int = 16
+    bottleneck: int = 64
     init_ids: tuple[int, ...] = ()
 
 
@@ -52,6 +55,7 @@ class Method:
     config: of the settings and the model, which it may read. lr, embedded_lr: peak learning rates for a model of the
     user's and for the embedded one. options: those of the command line that it takes. trains_base: weights of the base
     are trained, which are then held in float32. layerwise: layers join one after another during the run.
+    lora_plus: the learning rate of B over that of A.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Method:
     options: tuple[str, ...] = ()
     trains_base: bool = False
     layerwise: bool = False
+    lora_plus: float | None = None
 
     def apply(self, model: nn.Module, settings: Settings) -> nn.Module:
         """Adapt `model` in place; UserError where the settings do not fit it."""
@@ -80,6 +85,10 @@ def _lora(settings: Settings, kind: type[LoRAConfig] = LoRAConfig, **fields: Any
         r=settings.r, lora_alpha=alpha, lora_dropout=settings.lora_dropout,
         target_modules=settings.target_modules or "all-linear", task_type=TASK, **fields,
     )  # fmt: skip
+
+
+def _loftq(settings: Settings, model: nn.Module) -> LoRAConfig:
+    return _lora(settings, QLoRAConfig, init_lora_weights="loftq", loftq_iter=4)
 
 
 def _layers(settings: Settings, model: Any) -> int:
@@ -122,6 +131,10 @@ def _p_tuning_v2(settings: Settings, model: nn.Module) -> PTuningV2Config:
     return PTuningV2Config(num_virtual_tokens=settings.virtual_tokens, dropout=0.1, task_type=TASK)
 
 
+def _adapter(form: Callable[..., AdapterConfig]) -> Callable[[Settings, nn.Module], AdapterConfig]:
+    return lambda settings, model: form(bottleneck=settings.bottleneck, task_type=TASK)
+
+
 FULL, PROMPTS, ADAPTERS, LORA = "full and partial", "prompts", "adapters", "LoRA"
 # Learning rates for a model of the user's are those of the papers and of common practice; for the embedded model, those
 # with the lowest held-out loss of a few that were tried, about a factor of two apart.
@@ -137,8 +150,22 @@ _ALL = (
     Method("p-tuning", "P-tuning", PROMPTS, _p_tuning, 1e-3, 3e-3, ("virtual_tokens",)),
     Method("prefix-tuning", "prefix-tuning", PROMPTS, _prefix, 5e-3, 3e-2, TEXT_OPTIONS),
     Method("p-tuning-v2", "P-tuning v2", PROMPTS, _p_tuning_v2, 5e-3, 3e-2, ("virtual_tokens",)),
+    Method("adapter", "adapters (Houlsby)", ADAPTERS, _adapter(AdapterConfig.houlsby), 3e-4, 3e-3, ("bottleneck",)),
+    Method(
+        "adapter-pfeiffer", "adapters (Pfeiffer)", ADAPTERS, _adapter(AdapterConfig.pfeiffer), 3e-4, 3e-3,
+        ("bottleneck",),
+    ),
+    Method(
+        "adapter-parallel", "adapters (parallel)", ADAPTERS, _adapter(AdapterConfig.parallel), 3e-4, 3e-3,
+        ("bottleneck",),
+    ),
     Method("lora", "LoRA", LORA, lambda s, m: _lora(s), 2e-4, 7e-3, LORA_OPTIONS),
+    Method("rslora", "rsLoRA", LORA, lambda s, m: _lora(s, use_rslora=True), 1e-4, 3e-3, LORA_OPTIONS),
+    Method("lora-plus", "LoRA+", LORA, lambda s, m: _lora(s), 1e-4, 3e-3, LORA_OPTIONS, lora_plus=16.0),
+    Method("dora", "DoRA", LORA, lambda s, m: _lora(s, use_dora=True), 2e-4, 7e-3, LORA_OPTIONS),
+    Method("pissa", "PiSSA", LORA, lambda s, m: _lora(s, init_lora_weights="pissa_niter_16"), 1e-4, 3e-3, LORA_OPTIONS),
     Method("qlora", "QLoRA", LORA, lambda s, m: _lora(s, QLoRAConfig), 2e-4, 7e-3, LORA_OPTIONS),
+    Method("loftq", "LoftQ", LORA, _loftq, 1e-4, 3e-3, LORA_OPTIONS),
 )  # fmt: skip
 METHODS = {method.name: method for method in _ALL}
 

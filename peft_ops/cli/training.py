@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .. import LayerwiseSchedule
+from .. import LayerwiseSchedule, lora_plus_groups
 from ..tuning.adaptation import adaptation_of
 from ..tuning.optimizer import trained_parameters
 from .data import IGNORED, Sequences, Split, batch
@@ -23,7 +23,8 @@ _FINAL_LR = 0.1  # of the peak, where the cosine ends
 class Options:
     """How to train. dtype: what is computed in; weights that are wider are cast by autocast.
 
-    layerwise: layers are trained from the bottom up, each joining after an equal share of the steps.
+    layerwise: layers are trained from the bottom up, each joining after an equal share of the steps. lora_plus: B's
+    learning rate over A's.
     """
 
     steps: int
@@ -39,6 +40,7 @@ class Options:
     evaluate_every: int = 20
     checkpoint_every: int = 50
     layerwise: bool = False
+    lora_plus: float | None = None
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then a cosine from the peak to a tenth of it."""
@@ -99,17 +101,22 @@ def evaluate(model: nn.Module, sequences: Sequences, options: Options) -> float:
 
 def make_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     """AdamW over what is trained; with "adamw8bit", that of bitsandbytes, whose state is 8-bit."""
-    parameters = list(trained(model).values())
+    groups: list[dict[str, Any]] = [{"params": list(trained(model).values()), "lr": 1.0}]
+    if options.lora_plus is not None:
+        groups = lora_plus_groups(model, 1.0, options.lora_plus, options.weight_decay)
+    for group in groups:
+        group["share"] = group["lr"]  # of the learning rate of a step
     settings: dict[str, Any] = {"lr": options.lr, "betas": (0.9, 0.95), "weight_decay": options.weight_decay}
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **settings)
-    if parameters[0].device.type != "cuda":
-        raise UserError(f"--optim adamw8bit needs a GPU, got --device {parameters[0].device.type}")
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    device = groups[0]["params"][0].device.type
+    if device != "cuda":
+        raise UserError(f"--optim adamw8bit needs a GPU, got --device {device}")
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise UserError("--optim adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
-    return AdamW8bit(parameters, **settings)
+    return AdamW8bit(groups, **settings)
 
 
 class Trainer:
@@ -154,7 +161,7 @@ class Trainer:
         options, started = self.options, time.perf_counter()
         torch.manual_seed((options.seed << 32) + self.done)
         for group in self.optimizer.param_groups:
-            group["lr"] = options.lr_at(self.done)
+            group["lr"] = options.lr_at(self.done) * group["share"]
         sequences = batch(self.data.train, options.batch_size * options.accumulation, options.seed, self.done)
         count, total = counted(sequences), 0.0
         for i in range(0, len(sequences), options.batch_size):

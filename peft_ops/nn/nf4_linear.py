@@ -97,11 +97,17 @@ class NF4Linear(NF4Storage):
             ValueError: a block size that is not allowed, NaN or infinite weights.
         """
         check_linear(linear)
+        weight = _quantize(dense_weight(linear), blocksize, double_quant)
+        return cls.from_weight(weight, linear._parameters.get("bias")).train(linear.training)
+
+    @classmethod
+    def from_weight(cls, weight: NF4Weight, bias: nn.Parameter | None = None) -> "NF4Linear":
+        """A layer over these very tensors."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._store(_quantize(dense_weight(linear), blocksize, double_quant))
-        layer.register_parameter("bias", linear._parameters.get("bias"))
-        return layer.train(linear.training)
+        layer._store(weight)
+        layer.register_parameter("bias", bias)
+        return layer
 
     def to_linear(self) -> nn.Linear:
         """An nn.Linear with the dequantised weight, in the nominal dtype, frozen; the bias is shared."""

@@ -17,10 +17,9 @@ def up_project(
     """y = residual + scaling · (act(s + bias) weightᵀ + up_bias), a new tensor of `dtype`, rounded once."""
     h = activate(_wide_z(s, bias), activation).to(torch.promote_types(s.dtype, dtype))
     y = s.new_empty(s.shape[0], weight.shape[0], dtype=dtype)
-    wt = weight.to(h.dtype).t() * scaling
-    shift = None if up_bias is None else up_bias.to(h.dtype) * scaling
+    wt, shift = weight.to(h.dtype).t(), h.new_zeros(()) if up_bias is None else up_bias.to(h.dtype)
     for rows in chunks(y):
-        term = h[rows] @ wt if shift is None else torch.addmm(shift, h[rows], wt)
+        term = torch.addmm(shift, h[rows], wt, alpha=scaling, beta=scaling)
         y[rows] = term if residual is None else term.add_(residual[rows])
     return y
 
@@ -32,7 +31,7 @@ def up_project_gradients(
     """dz [M, R] = scaling · dy weight ∘ act'(z); where needed, dweight [N, R] = scaling · dyᵀ act(z) and
     dup_bias [N] = scaling · Σ dy. One pass over dy."""
     wide = wide_dtype(dy, s, weight)
-    z, w = _wide_z(s, bias).to(wide), weight.to(wide) * scaling
+    z, w = _wide_z(s, bias).to(wide), weight.to(wide)
     h = activate(z, activation)
     dz = dy.new_empty(z.shape, dtype=wide)
     dwt = ProductSum(dy, w.shape[1], w.shape[0], wide)
@@ -43,7 +42,7 @@ def up_project_gradients(
             dwt.add(h[rows], part)
         if need_bias:
             dbias += part.sum(0)
-    dz *= derivative(z, activation)
+    dz.mul_(derivative(z, activation)).mul_(scaling)
     return dz, dwt.total().mul_(scaling).t() if need_weight else None, dbias.mul_(scaling) if need_bias else None
 
 

@@ -7,6 +7,7 @@ from .full import FullConfig as FullConfig
 from .layerwise import LayerwiseSchedule as LayerwiseSchedule
 from .lora_config import LoRAConfig as LoRAConfig
 from .lora_config import QLoRAConfig as QLoRAConfig
+from .lora_plus import lora_plus_groups as lora_plus_groups
 from .masters import MasterWeights as MasterWeights
 from .merge import eject as eject
 from .merge import merge as merge

@@ -5,14 +5,15 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ..nf4 import BLOCKSIZES
+from ..nn.lora_init import pissa_iterations
 from ..nn.lora_linear import check_adapter_arguments
-from .config import MethodConfig, check_choice, check_names, check_regex, matches_end
+from .config import MethodConfig, check_choice, check_count, check_names, check_regex, matches_end
 
 # Fields of PEFT that change what a layer computes and that are not supported: refused where set, never ignored.
 UNSUPPORTED = (
-    "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "use_qalora",
-    "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
-    "megatron_config", "ensure_weight_tying",
+    "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "use_qalora", "use_bdlora",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config", "megatron_config",
+    "ensure_weight_tying",
 )  # fmt: skip
 
 
@@ -23,14 +24,17 @@ class LoRAConfig(MethodConfig):
     r, lora_alpha, lora_dropout: rank, alpha (scaling is alpha / r), dropout of x on its way into lora_A.
     target_modules: names matched exactly or as the last components of a module's path; or a regular expression that
         matches the whole path; or 'all-linear' (every nn.Linear and Conv1D but the output head); None takes the
-        default of the model's `config.model_type`.
+        default of the model's `config.model_type`. They name nn.Linear, Conv1D or nn.Embedding.
     exclude_modules: the same forms; wins over target_modules.
     rank_pattern, alpha_pattern: {regular expression of a path's end: value}; the first that matches wins.
     layers_to_transform, layers_pattern: index or indices of the layers to adapt, and the name of the list they are in.
     use_rslora: scaling is alpha / sqrt(r).
+    use_dora: a magnitude per output is trained beside the direction (Liu et al., 2024); of linear layers only.
     bias: which biases are trained: 'none', 'all', or 'lora_only' (those of the adapted layers).
     fan_in_fan_out: taken from the layers (True for Conv1D); here for PEFT's sake.
-    init_lora_weights: True (A as nn.Linear's weight, B zero), 'gaussian' (A from N(0, 1/r²)), or False (B not zero).
+    init_lora_weights: True (A as nn.Linear's weight, B zero), 'gaussian' (A from N(0, 1/r²)), or False (B not zero);
+        'pissa' or 'pissa_niter_[number]': the principal part of the weight (Meng et al., 2024); with a QLoRAConfig also
+        'loftq'.
     modules_to_save, task_type: see MethodConfig.
 
     Raises:
@@ -58,7 +62,12 @@ class LoRAConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_adapter_arguments(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
+        init = True if self.starts_from_weight else self.init_lora_weights
+        check_adapter_arguments(self.r, self.lora_alpha, self.lora_dropout, init)
+        if self.starts_from_weight and self.use_dora:
+            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} cannot be used with use_dora")
+        if self.init_lora_weights == "loftq" and not isinstance(self, QLoRAConfig):
+            raise ValueError("init_lora_weights='loftq' quantises the base: use a QLoRAConfig")
         for name in UNSUPPORTED:
             if getattr(self, name, None):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported; leave it unset")
@@ -87,6 +96,11 @@ class LoRAConfig(MethodConfig):
         if self.layers_pattern and layers is None:
             raise ValueError("layers_pattern needs layers_to_transform")
 
+    @property
+    def starts_from_weight(self) -> bool:
+        """The factors start from the weight that they are over: PiSSA, LoftQ."""
+        return self.init_lora_weights == "loftq" or pissa_iterations(self.init_lora_weights) is not None
+
     def rank(self, path: str) -> int:
         """r of the layer at `path`."""
         return _by_pattern(self.rank_pattern, path, self.r)
@@ -106,17 +120,22 @@ class QLoRAConfig(LoRAConfig):
 
     blocksize: weights per scale, a power of two from 32 to 4096.
     double_quant: keep the scales in 8 bits too.
+    loftq_iter: how often init_lora_weights='loftq' quantises and decomposes by turns (Li et al., 2023).
+
+    With 'pissa' and 'loftq' the base holds what the factors leave of the weights.
 
     Source: Dettmers et al., "QLoRA", 2023.
     """
 
     blocksize: int = 64
     double_quant: bool = True
+    loftq_iter: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {self.blocksize!r}")
+        check_count("loftq_iter", self.loftq_iter)
 
 
 def _by_pattern(patterns: dict, path: str, default):

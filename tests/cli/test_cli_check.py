@@ -28,6 +28,7 @@ OPS = [
     ("linear_low_rank", "linear_low_rank"), ("linear_low_rank", "linear_low_rank_dx"),
     ("low_rank", "low_rank_gradients"), ("low_rank", "low_rank_update_"),
     ("dora", "dora_norm"), ("dora", "dora_linear"), ("dora", "dora_gradients"),
+    ("bottleneck_adapter", "up_project"), ("bottleneck_adapter", "up_project_gradients"),
 ]  # fmt: skip
 SABOTAGE = [(*op, 0.0) for op in OPS] + [
     (*op, float("nan")) for op in OPS if not op[1].endswith("_quantize")

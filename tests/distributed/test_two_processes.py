@@ -62,6 +62,8 @@ def one_of_two(rank, folder, wrap, method, size):
     sharded = distribute_tensor(torch.ones(4, 32), init_device_mesh("cpu", (2,)), [Shard(0)])
     with pytest.raises(TypeError, match="x is a DTensor; kernels take local tensors"):
         peft_ops.ops.lora_linear(sharded, torch.ones(8, 32), None, torch.ones(2, 32), torch.ones(8, 2), 1.0)
+    with pytest.raises(TypeError, match="x is a DTensor; kernels take local tensors"):
+        peft_ops.ops.bottleneck_adapter(sharded, torch.ones(2, 32), None, torch.ones(32, 2), None, residual=sharded)
     dist.barrier()
     os._exit(0)  # tearing gloo down beside a process that has left already can wait for ever
 
