@@ -449,6 +449,14 @@ def test_a_block_known_in_part_is_refused():
         peft_ops.adapt(model, AdapterConfig())
 
 
+def test_a_norm_without_a_weight_is_refused():
+    model = built("Olmo", GQA)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layers.0.input_layernorm must have a weight \[d\].*; it has none"):
+        peft_ops.adapt(model, AdapterConfig())
+    assert_as_it_was(model, before)
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [

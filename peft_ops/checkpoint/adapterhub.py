@@ -16,7 +16,7 @@ from ..tuning.config import TASK_HEADS, MethodConfig
 from ..tuning.trained import get_tensor
 from .adapterhub_config import HEAD_TASKS, config_from_hub, config_to_hub, differences, head_to_hub
 from .files import json_writer, read_json, read_pickle, read_safetensors, tensor_writer
-from .format import CONFIG_NAME, TRAINING_NAME, Tensors, Writers, existing
+from .format import CONFIG_NAME, TRAINING_NAME, Tensors, Writers, existing, listed
 
 ADAPTER_NAMES = ("adapter.safetensors", "pytorch_adapter.bin")  # the first is written; either is read
 HEAD_NAMES = ("model_head.safetensors", "pytorch_model_head.bin")
@@ -64,6 +64,9 @@ class AdapterHub:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{folder / CONFIG_NAME}: {error}") from error
         tensors = _plain(_read_either(folder, ADAPTER_NAMES), config.name)
+        integers = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
+        if integers:
+            raise ValueError(f"{folder}: not floating point: {listed(integers)}")
         training = folder / TRAINING_NAME
         return config, tensors | head_tensors | (read_safetensors(training) if training.is_file() else {})
 

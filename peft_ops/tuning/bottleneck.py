@@ -33,13 +33,15 @@ class BottleneckAdaptation(Adaptation):
     def plan(cls, model: nn.Module, config: MethodConfig) -> BottleneckAdaptation:
         """Raises:
         ValueError: no block is recognised (the message has what was looked for), or none has a place that the config
-            asks for; leave_out names a block that the model does not have.
+            asks for; leave_out names a block that the model does not have; a LayerNorm has no weight.
         """
         assert isinstance(config, AdapterConfig)
         found = find_places(model)
         _check_layers(config, found)
         places = [p for p in found if getattr(config, p.location) and p.layer not in config.leave_out]
         _check_locations(model, config, places)
+        for place in places:
+            _norm_weight(model, place)
         names, saved = saved_modules(model, config)
         norms = layer_norms(model.named_modules()) if config.train_layer_norms else []
         trained = tensors_within(model, [path for path in norms if not is_within(path, saved)] + saved)
@@ -47,17 +49,16 @@ class BottleneckAdaptation(Adaptation):
 
     def install(self, model: nn.Module) -> None:
         for place in self.places:
-            adapter = self._adapter(model.get_submodule(place.norm))
+            adapter = self._adapter(_norm_weight(model, place))
             parent, name = owner(model, place.path)
             parent.add_module(name, adapter.train(parent.training))
             for path, hook in getattr(place, self.config.form):
                 adapter.hang(model.get_submodule(path), hook)
 
-    def _adapter(self, norm: nn.Module) -> PlacedAdapter:
-        config, weight = self.config, norm.weight
-        assert isinstance(weight, torch.Tensor)
+    def _adapter(self, weight: torch.Tensor) -> PlacedAdapter:
+        """For a sublayer whose LayerNorm has this weight [d]."""
+        config, width = self.config, weight.shape[0]
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        width = weight.shape[0]
         adapter = PlacedAdapter(
             width, config.size(width), config.non_linearity, config.scaling, config.init_weights,
             device=weight.device, dtype=dtype,
@@ -82,9 +83,7 @@ class BottleneckAdaptation(Adaptation):
     def shapes(self, model: nn.Module) -> dict[str, torch.Size]:
         shapes: dict[str, torch.Size] = {}
         for place in self.places:
-            norm = model.get_submodule(place.norm)
-            assert isinstance(norm.weight, torch.Tensor)
-            d = norm.weight.shape[0]
+            d = _norm_weight(model, place).shape[0]
             m = self.config.size(d)
             sizes = {"down_weight": (m, d), "down_bias": (m,), "up_weight": (d, m), "up_bias": (d,)}
             shapes |= {f"{place.path}.{name}": torch.Size(size) for name, size in sizes.items()}
@@ -106,3 +105,12 @@ def _check_locations(model: nn.Module, config: AdapterConfig, places: list[Place
                 f"{'that leave_out leaves ' if config.leave_out else ''}has a sublayer of that kind; "
                 f"looked for: {LOOKED_FOR}"
             )
+
+
+def _norm_weight(model: nn.Module, place: Place) -> torch.Tensor:
+    """[d], from which an adapter takes its width, device and dtype."""
+    weight = getattr(model.get_submodule(place.norm), "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+        given = tuple(weight.shape) if isinstance(weight, torch.Tensor) else "none"
+        raise ValueError(f"{place.norm} must have a weight [d], from which adapters take their width; it has {given}")
+    return weight
