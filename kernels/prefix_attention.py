@@ -16,10 +16,15 @@ from .tiles import dropout_keep, mixed_dot
 
 @triton.jit
 def _rows(block, blocks, rows, G, T, BLOCK_M: tl.constexpr):
-    """(unit, batch row, head in its group, position, inside) of a block's rows: `rows` to a unit, in order b, g, t."""
-    unit = (block // blocks).to(tl.int64)
-    m = (block % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return unit, unit + m // (G * T), (m // T) % G, m % T, m < rows
+    """(unit, batch row, head in its group, position, inside) of a block's rows: `rows` to a unit, in order b, g, t.
+
+    Rows are counted in 32 bits, what they address in 64.
+    """
+    unit = block // blocks
+    m = block % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    bg = m // T
+    b, g = unit + bg // G, bg % G
+    return unit.to(tl.int64), b.to(tl.int64), g.to(tl.int64), (m % T).to(tl.int64), m < rows
 
 
 @triton.jit
@@ -277,7 +282,7 @@ def prefix_gradients(
             )  # fmt: skip
         if not need_dprefix:
             return dq, None, None
-        blocks, block_d = sizes[0] * sizes[2], min(64, configs.covering(max(D, Dv)))
+        blocks, block_d = sizes[0] * sizes[2], min(configs.PREFIX_COLUMNS, configs.covering(max(D, Dv)))
         owned = triton.cdiv(n, config["BLOCK_N"]) * triton.cdiv(max(D, Dv), block_d)
         steps = triton.cdiv(blocks, configs.splits(owned * heads, blocks))
         parts = triton.cdiv(blocks, steps)

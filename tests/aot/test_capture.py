@@ -152,3 +152,17 @@ def nf4_weight(w):
     """Quantised by the reference: the stub would leave the bytes unwritten."""
     packed, absmax = _backend.implementation("nf4", w.double()).nf4_quantize(w, 64)
     return nf4.NF4Weight(packed.view(w.shape[0], -1), absmax.view(w.shape[0], -1), 64, w.shape, w.dtype)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("n", [5, 40])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_prefix_attention(captured, p, n):
+    """A short prefix has its gradients and dq in one launch, a long one in two."""
+    names, compiled = captured
+    q, k, v = (torch.randn(2, 4, 40, 16, requires_grad=True) for _ in range(3))
+    pk, pv = (torch.randn(4, n, 16, requires_grad=True) for _ in range(2))
+    mask = torch.rand(2, 1, 40, 40) < 0.5
+    compiled(lambda *t: ops.prefix_attention(*t, mask=mask, prefix_dropout_p=p))(q, k, v, pk, pv).sum().backward()
+    both = ["_prefix_merge_kernel", "_prefix_gradients_kernel"]
+    assert sorted(names) == sorted(both if n == 5 else [*both, "_prefix_dq_kernel"])
