@@ -18,6 +18,7 @@ from tiny_models import (
     llama,
     logits,
     snapshot,
+    t5,
     tokens,
     train,
 )
@@ -234,6 +235,31 @@ def test_merging_a_tied_head_warns_and_spares_the_embedding():
     torch.testing.assert_close(logits(model), adapted, rtol=1e-5, atol=1e-5)
 
 
+def test_merging_a_tied_embedding_warns_and_spares_the_head():
+    model = peft_ops.adapt(gpt2(), LoRAConfig(r=4, target_modules=["wte"]))
+    train(model)
+    before, head = logits(model), model.lm_head.weight.clone()
+    with pytest.warns(UserWarning, match="transformer.wte.weight was tied to lm_head.weight"):
+        peft_ops.merge(model)
+    assert type(model.transformer.wte) is nn.Embedding
+    torch.testing.assert_close(logits(model), before)
+    assert torch.equal(model.lm_head.weight, head)
+
+
+def test_a_shared_embedding_that_is_not_called():
+    """T5 and BART call the encoder's and the decoder's embeddings, which share the weight of `shared`."""
+    model = t5()
+    model.encoder.embed_tokens.weight = model.decoder.embed_tokens.weight = model.shared.weight
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"shared, .* name encoder.embed_tokens and decoder.embed_tokens, which share"):
+        peft_ops.adapt(model, LoRAConfig(target_modules=["shared"]))
+    assert_as_it_was(model, before)
+    peft_ops.adapt(model, LoRAConfig(target_modules=["embed_tokens"], task_type="SEQ_2_SEQ_LM"))
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    assert all(model.get_submodule(f"{half}.embed_tokens").lora_embedding_A.any() for half in ("encoder", "decoder"))
+
+
 def test_a_saved_tied_head_spares_the_embedding():
     model = gpt2()
     base, embedding = logits(model), model.transformer.wte.weight.clone()
@@ -417,6 +443,18 @@ def with_attention(model):
     return model
 
 
+def with_max_norm(model):
+    model.model.embed_tokens.max_norm = 2.0
+    return model
+
+
+def with_own_embedding(model):
+    from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+
+    model.model.embed_tokens = OPTLearnedPositionalEmbedding(64, 32)
+    return model
+
+
 BAD = [
     ({"target_modules": ["q_porj"]}, None, ValueError, r"target_modules=\[q_porj\] matches no module.*q_proj"),
     ({"target_modules": "q_proj"}, None, ValueError, r"matches no module; near names: q_proj"),
@@ -424,7 +462,10 @@ BAD = [
     ({"target_modules": ["q_proj"], "layers_to_transform": [9]}, None, ValueError, r"no module in layers \[9\]"),
     ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, None, ValueError, "exclude_modules"),
     ({"target_modules": ["q_proj", "self_attn"]}, None, TypeError, "self_attn, which .* got LlamaAttention"),
-    ({"target_modules": ["embed_tokens"]}, None, TypeError, "embed_tokens, which .* got Embedding"),
+    ({"target_modules": ["norm"]}, None, TypeError, "model.norm, which .* got LlamaRMSNorm"),
+    ({"target_modules": ["embed_tokens"]}, with_max_norm, ValueError, "embed_tokens, which .* max_norm=2.0"),
+    ({"target_modules": ["embed_tokens"]}, with_own_embedding, TypeError, "embed_tokens, which .* OPTLearnedPos"),
+    ({"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}, None, ValueError, "embed_tokens, .* use_dora"),
     ({"modules_to_save": ["nrom"]}, None, ValueError, r"modules_to_save=\['nrom'\] matches no module"),
     ({"modules_to_save": ["_proj"]}, None, ValueError, "which modules_to_save=.* trains whole"),
     ({}, unknown, ValueError, "no default for model_type 'unheard-of'.*down_proj, gate_proj"),
@@ -509,7 +550,6 @@ def test_what_has_no_effect_warns(fields, warning):
         ({"bias": "some"}, ValueError, "bias must be one of 'none', 'all', 'lora_only', got 'some'"),
         ({"task_type": "POETRY"}, ValueError, "task_type must be None or one of .*, got 'POETRY'"),
         ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights must be .*, got 'pissa'"),
-        ({"use_dora": True}, ValueError, "use_dora=True is not supported"),
         ({"lora_bias": True}, ValueError, "lora_bias=True is not supported"),
         ({"target_parameters": ["w"]}, ValueError, "target_parameters=.* is not supported"),
         ({"trainable_token_indices": [1]}, ValueError, "trainable_token_indices=.* is not supported"),

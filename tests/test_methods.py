@@ -23,6 +23,15 @@ METHODS = {
     ),
     "P-tuning v2": lambda task: peft_ops.PTuningV2Config(num_virtual_tokens=3, dropout=0.1, task_type=task),
     "LoRA": lambda task: peft_ops.LoRAConfig(r=4, lora_dropout=0.1, target_modules="all-linear", task_type=task),
+    "LoRA, embeddings too": lambda task: peft_ops.LoRAConfig(
+        r=4, target_modules=["word_embeddings", "embed_tokens", "q_proj", "query", "q"], task_type=task
+    ),
+    "DoRA": lambda task: peft_ops.LoRAConfig(
+        r=4, lora_dropout=0.1, target_modules="all-linear", use_dora=True, task_type=task
+    ),
+    "QLoRA with DoRA": lambda task: peft_ops.QLoRAConfig(
+        r=4, target_modules="all-linear", use_dora=True, task_type=task
+    ),
     "QLoRA": lambda task: peft_ops.QLoRAConfig(r=4, target_modules="all-linear", task_type=task),
 }
 IN_PLACE = ("full", "top layer", "bottom frozen")  # no copy of the base is kept
@@ -111,7 +120,7 @@ def test_the_base_is_there_while_adapters_are_disabled(name, method):
         with pytest.raises(ValueError, match="keeps no copy of the base model"), peft_ops.adapters_disabled(model):
             pass
         return
-    if method == "QLoRA":
+    if "QLoRA" in method:
         return  # its base is the quantised one: tests/test_adapt.py
     with torch.no_grad(), peft_ops.adapters_disabled(model):
         logits = model(tokens(), labels=tiny_models.labels(base)).logits

@@ -2,11 +2,13 @@
 
 import json
 import os
+import warnings
 
 import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from tiny_models import BUILDERS, TASKS, assert_as_it_was, assert_same_bytes, gpt2, llama, logits, snapshot, train
 
 import peft_ops
@@ -33,6 +35,13 @@ CASES = [
     ("bert", {}),
     ("bert", {"target_modules": "all-linear", "bias": "lora_only", "lora_dropout": 0.1}),
     ("bert", {"bias": "all"}),
+    ("llama", {"use_dora": True, "target_modules": "all-linear", "use_rslora": True, "lora_dropout": 0.1}),
+    ("llama", {"target_modules": ["embed_tokens", "q_proj"], "use_rslora": True, "lora_dropout": 0.1}),
+    ("llama", {"target_modules": ["embed_tokens", "lm_head"], "rank_pattern": {"embed_tokens": 2}}),
+    ("gpt2", {"use_dora": True, "bias": "lora_only"}),
+    ("gpt2", {"target_modules": ["wte", "wpe", "c_attn"], "alpha_pattern": {"wpe": 3}}),
+    ("bert", {"use_dora": True, "rank_pattern": {"query": 2}}),
+    ("bert", {"target_modules": ["word_embeddings", "token_type_embeddings", "value"], "bias": "all"}),
 ]
 
 
@@ -61,7 +70,10 @@ def test_ours_in_peft(name, fields, tmp_path):
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
     ours = peft_ops.load_adapter(BUILDERS[name](), tmp_path)
     assert torch.equal(logits(ours), logits(model))
-    torch.testing.assert_close(logits(theirs.merge_and_unload()), logits(peft_ops.merge(ours)), rtol=1e-5, atol=1e-5)
+    merged = logits(peft_ops.merge(ours))
+    torch.testing.assert_close(merged, logits(model), rtol=1e-5, atol=1e-5)
+    if "wte" not in fields.get("target_modules", ()):  # PEFT merges into the tied output head too
+        torch.testing.assert_close(logits(theirs.merge_and_unload()), merged, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "fields"), CASES)
@@ -79,7 +91,8 @@ def test_files_are_those_of_peft(name, fields, tmp_path):
     peft_ops.save_adapter(train_ours(name, fields), tmp_path / "ours")
     train_peft(name, fields).save_pretrained(tmp_path / "theirs")
     ours, theirs = (safetensors.torch.load_file(tmp_path / who / WEIGHTS) for who in ("ours", "theirs"))
-    theirs = {key: t for key, t in theirs.items() if "modules_to_save" not in key and "original_module" not in key}
+    copies = ("modules_to_save", "original_module", ".base_layer.weight")  # of what is there, or of the frozen base
+    theirs = {key: t for key, t in theirs.items() if not any(copy in key for copy in copies)}
     assert {key: t.shape for key, t in ours.items()} == {key: t.shape for key, t in theirs.items()}
     ours, theirs = (json.loads((tmp_path / who / CONFIG).read_text()) for who in ("ours", "theirs"))
     assert ours.keys() <= theirs.keys()
@@ -94,6 +107,45 @@ def test_files_are_those_of_peft(name, fields, tmp_path):
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [CONFIG, WEIGHTS]
 
 
+def gemma():
+    return transformers.Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+
+
+def bart():
+    return transformers.BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32,
+        scale_embedding=True, decoder_start_token_id=2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [gemma, bart])
+def test_embeddings_that_scale(config, tmp_path):
+    """Gemma multiplies what it looks up by the root of its width; so does BART where asked to."""
+    auto = transformers.AutoModelForSeq2SeqLM if config is bart else transformers.AutoModelForCausalLM
+
+    def build():
+        torch.manual_seed(1)
+        return auto.from_config(config()).eval()
+
+    config_of_peft = peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(build(), config_of_peft).eval()
+    model.save_pretrained(tmp_path)
+    ours = peft_ops.load_adapter(build(), tmp_path)
+    assert not torch.allclose(logits(model), logits(build()), atol=1e-2)
+    torch.testing.assert_close(logits(ours), logits(model), rtol=1e-5, atol=1e-5)
+    with peft_ops.adapters_disabled(ours):
+        assert torch.equal(logits(ours), logits(build()))
+    before = logits(ours)
+    with warnings.catch_warnings(action="ignore"):  # of tied embeddings
+        merged = peft_ops.merge(ours)
+    torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
+    assert type(merged.get_input_embeddings()) is type(build().get_input_embeddings())
+
+
 def test_a_16_bit_base(tmp_path):
     model = peft.get_peft_model(llama().bfloat16(), peft.LoraConfig(r=4, init_lora_weights=False)).eval()
     model.save_pretrained(tmp_path)
@@ -103,9 +155,10 @@ def test_a_16_bit_base(tmp_path):
     assert error < 0.02
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_qlora_saves_a_lora_checkpoint(name, tmp_path):
-    fields = {"target_modules": "all-linear"}
+def test_qlora_saves_a_lora_checkpoint(name, use_dora, tmp_path):
+    fields = {"target_modules": "all-linear", "use_dora": use_dora}
     model = train_ours(name, fields, QLoRAConfig)
     peft_ops.save_adapter(model, tmp_path)
     assert "blocksize" not in json.loads((tmp_path / CONFIG).read_text())
@@ -169,6 +222,9 @@ def edit_config(folder, **fields):
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 
 
+EMBEDDING = "base_model.model.model.embed_tokens.base_layer.weight"
+
+
 def cut(name, keep):
     def change(folder):
         content = (folder / name).read_bytes()
@@ -217,7 +273,16 @@ SPOILED = {
         ValueError,
         "adapter_config.json: peft_type .* 'IA3'",
     ),
-    "DoRA": (lambda f: edit_config(f, use_dora=True), ValueError, "adapter_config.json: .* uses use_dora"),
+    "DoRA": (
+        lambda f: edit_config(f, use_dora=True),
+        ValueError,
+        r"missing keys: .*q_proj.lora_magnitude_vector|use_dora of the checkpoint is True, that of the model is not",
+    ),
+    "another embedding": (
+        lambda f: edit_tensors(f, lambda t: t.update({EMBEDDING: 2 * llama().model.embed_tokens.weight})),
+        ValueError,
+        "was made on another base: it has other weights for model.embed_tokens",
+    ),
     "PiSSA": (
         lambda f: edit_config(f, init_lora_weights="pissa"),
         ValueError,

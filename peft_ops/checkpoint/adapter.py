@@ -14,7 +14,7 @@ from ..tuning.methods import plan
 from .files import read_json, write_files
 from .format import CONFIG_NAME, WEIGHTS_NAME, Format, check_tensors, existing, listed
 from .in_place import InPlace
-from .peft_lora import PeftLoRA
+from .peft_lora import PeftLoRA, without_base_copies
 from .peft_prefix import PeftPrefix
 from .peft_prompt import PeftPrompt
 
@@ -65,6 +65,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     elif not kind.writes(adaptation.config):
         raise ValueError(f"{file} is of another method: the model was adapted with {adaptation.method}")
     kind.check(model, adaptation, config)
+    tensors = without_base_copies(model, tensors, file.parent)
     check_tensors(folder / WEIGHTS_NAME, tensors, kind.expected(model, adaptation, config))
     if planned:
         apply(model, adaptation)

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..nn import LoRALinear, NF4Linear
+from ..nn import LoRAEmbedding, LoRALinear, NF4Linear
 from ..nn.linear_like import dense_weight
+from ..nn.lora_layer import LoRALayer
 from .adaptation import Adaptation
 from .config import MethodConfig
 from .lora_config import LoRAConfig, QLoRAConfig
@@ -53,8 +54,12 @@ class LoRAAdaptation(Adaptation):
             layer = NF4Linear.from_linear(layer, config.blocksize, config.double_quant)
         if path not in self.targets:
             return layer
-        r, alpha = config.rank(path), config.alpha(path)
-        return LoRALinear.from_linear(layer, r, alpha, config.lora_dropout, config.use_rslora, config.init_lora_weights)
+        options = (
+            config.rank(path), config.alpha(path), config.lora_dropout, config.use_rslora, config.init_lora_weights,
+        )  # fmt: skip
+        if isinstance(layer, nn.Embedding):
+            return LoRAEmbedding.from_embedding(layer, *options)
+        return LoRALinear.from_linear(layer, *options, config.use_dora)
 
     def off(self, model: nn.Module) -> AbstractContextManager[None]:
         return layers_off(model)
@@ -63,16 +68,26 @@ class LoRAAdaptation(Adaptation):
         merge_layers(model, requantize)
 
     def shapes(self, model: nn.Module) -> dict[str, torch.Size]:
+        return self.adapter_shapes(model) | super().shapes(model)
+
+    def adapter_shapes(self, model: nn.Module) -> dict[str, torch.Size]:
+        """Of what is in the LoRA layers, or will be."""
         shapes: dict[str, torch.Size] = {}
         for path in self.targets:
             layer = model.get_submodule(path)
-            (n, k), r = _weight_shape(layer), layer.r if isinstance(layer, LoRALinear) else self.config.rank(path)
-            shapes |= {f"{path}.lora_A": torch.Size((r, k)), f"{path}.lora_B": torch.Size((n, r))}
-        return shapes | super().shapes(model)
+            if isinstance(layer, LoRALayer):
+                leaves = {name: getattr(layer, name).shape for name in layer.ADAPTER}
+            else:
+                leaves = _leaves(layer, self.config.rank(path), self.config.use_dora)
+            shapes |= {f"{path}.{name}": shape for name, shape in leaves.items()}
+        return shapes
 
 
-def _weight_shape(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, LoRALinear | NF4Linear):
-        return layer.out_features, layer.in_features
-    n, k = dense_weight(layer).shape
-    return n, k
+def _leaves(layer: nn.Module, r: int, use_dora: bool) -> dict[str, torch.Size]:
+    """Name and shape of what an adapter of rank r on a layer of the base consists of."""
+    if isinstance(layer, nn.Embedding):
+        v, d = layer.weight.shape
+        return {"lora_embedding_A": torch.Size((r, v)), "lora_embedding_B": torch.Size((d, r))}
+    n, k = layer.weight.shape if isinstance(layer, NF4Linear) else dense_weight(layer).shape
+    leaves = {"lora_A": torch.Size((r, k)), "lora_B": torch.Size((n, r))}
+    return leaves | ({"lora_magnitude_vector": torch.Size((n,))} if use_dora else {})

@@ -10,9 +10,9 @@ from .config import MethodConfig, check_choice, check_names, check_regex, matche
 
 # Fields of PEFT that change what a layer computes and that are not supported: refused where set, never ignored.
 UNSUPPORTED = (
-    "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "use_qalora",
-    "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
-    "megatron_config", "ensure_weight_tying",
+    "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "use_qalora", "use_bdlora",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config", "megatron_config",
+    "ensure_weight_tying",
 )  # fmt: skip
 
 
@@ -23,11 +23,12 @@ class LoRAConfig(MethodConfig):
     r, lora_alpha, lora_dropout: rank, alpha (scaling is alpha / r), dropout of x on its way into lora_A.
     target_modules: names matched exactly or as the last components of a module's path; or a regular expression that
         matches the whole path; or 'all-linear' (every nn.Linear and Conv1D but the output head); None takes the
-        default of the model's `config.model_type`.
+        default of the model's `config.model_type`. They name nn.Linear, Conv1D or nn.Embedding.
     exclude_modules: the same forms; wins over target_modules.
     rank_pattern, alpha_pattern: {regular expression of a path's end: value}; the first that matches wins.
     layers_to_transform, layers_pattern: index or indices of the layers to adapt, and the name of the list they are in.
     use_rslora: scaling is alpha / sqrt(r).
+    use_dora: a magnitude per output is trained beside the direction (Liu et al., 2024); of linear layers only.
     bias: which biases are trained: 'none', 'all', or 'lora_only' (those of the adapted layers).
     fan_in_fan_out: taken from the layers (True for Conv1D); here for PEFT's sake.
     init_lora_weights: True (A as nn.Linear's weight, B zero), 'gaussian' (A from N(0, 1/r²)), or False (B not zero).

@@ -6,14 +6,15 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..nn import LoRALinear, NF4Linear
+from ..nn import NF4Linear
+from ..nn.lora_layer import LoRALayer
 from ..nn.nf4_lora_linear import NF4LoRALinear
 from .trained import replace_module
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """{path: layer}."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def merge_layers(model: nn.Module, requantize: bool) -> None:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     _warn_untied(model, layers)
-    for path in [path for path, module in model.named_modules() if isinstance(module, LoRALinear | NF4Linear)]:
+    for path in [path for path, module in model.named_modules() if isinstance(module, LoRALayer | NF4Linear)]:
         replace_module(model, path, _plain(model.get_submodule(path), requantize))
 
 
@@ -55,15 +56,17 @@ def _plain(layer: nn.Module, requantize: bool) -> nn.Module:
         return layer.to_nf4_linear()
     if requantize and isinstance(layer, NF4Linear):
         return layer
-    assert isinstance(layer, LoRALinear | NF4Linear)
+    if isinstance(layer, LoRALayer):
+        return layer.to_base()
+    assert isinstance(layer, NF4Linear)
     return layer.to_linear()
 
 
-def _warn_untied(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+def _warn_untied(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     adapted = {id(layer._parameters["weight"]): path for path, layer in layers.items() if "weight" in layer._parameters}
     for path, module in model.named_modules():
         tied = adapted.get(id(module._parameters.get("weight")))
-        if tied is not None and not isinstance(module, LoRALinear):
+        if tied is not None and not isinstance(module, LoRALayer):
             warnings.warn(
                 f"{tied}.weight was tied to {path}.weight and no longer is, now that an adapter is merged into it: "
                 "set config.tie_word_embeddings = False before saving the model",

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..nn import NF4Linear
 from ..nn.linear_like import check_linear, dense_weight, is_conv1d
+from ..nn.lora_embedding import check_embedding
 from .config import matches_end
 from .lora_config import LoRAConfig, QLoRAConfig
 from .matching import is_within, linear_paths, names_match, output_heads, resolve_targets, target_paths
@@ -31,6 +32,11 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> dict[str, Any]:
     targets = target_paths(model, config)
     for path in targets:
         _check_target(model, path, saved)
+        if config.use_dora and isinstance(model.get_submodule(path), nn.Embedding):
+            raise ValueError(
+                f"target_modules matches {path}, an embedding, on which use_dora is not supported: "
+                "name it in exclude_modules, or leave use_dora unset"
+            )
     config = replace(config, fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in targets))
     quantize = _quantizable(model, saved, targets) if isinstance(config, QLoRAConfig) else []
     for path in quantize:
@@ -45,9 +51,15 @@ def _check_target(model: nn.Module, path: str, saved: list[str]) -> None:
     layer, (parent, _, name) = model.get_submodule(path), path.rpartition(".")
     if not isinstance(layer, NF4Linear):
         try:
-            check_linear(layer)
-        except TypeError as error:
-            raise TypeError(f"target_modules matches {path}, which cannot be adapted: {error}") from error
+            (check_embedding if isinstance(layer, nn.Embedding) else check_linear)(layer)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"target_modules matches {path}, which cannot be adapted: {error}") from error
+    tied = _stands_for(model, layer) if name == "shared" else []
+    if tied:
+        raise ValueError(
+            f"target_modules matches {path}, which the model does not call: name {' and '.join(tied)}, "
+            "which share its weight"
+        )
     if _weight_read_by_parent(model, parent, name):
         raise ValueError(
             f"target_modules matches {path}, whose weight its parent reads without calling the layer: "
@@ -55,6 +67,15 @@ def _check_target(model: nn.Module, path: str, saved: list[str]) -> None:
         )
     if is_within(path, saved):
         raise ValueError(f"target_modules matches {path}, which modules_to_save={saved} trains whole")
+
+
+def _stands_for(model: nn.Module, shared: nn.Module) -> list[str]:
+    """The embeddings that are called in the place of the `shared` one of encoder-decoder models: tied to it."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module is not shared and module.weight is shared._parameters["weight"]
+    ]
 
 
 def _weight_read_by_parent(model: nn.Module, parent: str, name: str) -> bool:

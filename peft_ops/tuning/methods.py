@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..nn import LoRALinear
+from ..nn.lora_layer import LoRALayer
 from .adaptation import Adaptation, adaptation_of
 from .config import MethodConfig
 from .full import FullAdaptation, FullConfig
@@ -43,9 +43,7 @@ def plan(model: nn.Module, config: MethodConfig) -> Adaptation:
 
 
 def _check_plain(model: nn.Module) -> None:
-    adapted = [
-        path for path, module in model.named_modules() if isinstance(module, LoRALinear) or adaptation_of(module)
-    ]
+    adapted = [path for path, module in model.named_modules() if isinstance(module, LoRALayer) or adaptation_of(module)]
     if adapted or hasattr(model, "peft_config"):
         raise ValueError(
             "model is already adapted (" + (adapted[0] or "at its root" if adapted else "by peft") + "); merge it first"
