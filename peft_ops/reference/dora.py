@@ -41,7 +41,7 @@ def dora_linear(
         u = torch.nn.functional.linear(x, weight.to(x.dtype))
     else:
         u = nf4_linear(x, weight, None)
-    y = torch.empty_like(u) if keep_u else u
+    y = u.new_empty(u.shape) if keep_u else u
     bt = b.to(s.dtype).t()
     for rows in chunks(u):
         part = torch.addmm(u[rows].to(s.dtype), s[rows], bt, alpha=scaling).mul_(g)
@@ -53,7 +53,7 @@ def dora_gradients(
     dy: torch.Tensor, u: torch.Tensor | None, g: torch.Tensor, need_dz: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(dz [M, N] = g ∘ dy in the dtype of dy, where needed; dg [N] = Σ_m dy ∘ u, where u is given); one read of dy."""
-    dz = torch.empty_like(dy, memory_format=torch.contiguous_format) if need_dz else None
+    dz = dy.new_empty(dy.shape) if need_dz else None
     dg = None if u is None else torch.zeros_like(g)
     for rows, part in widened(dy, g.dtype):
         if dg is not None and u is not None:
