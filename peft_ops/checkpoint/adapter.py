@@ -16,7 +16,7 @@ from .adapterhub import AdapterHub
 from .files import read_json, write_files
 from .format import CONFIG_NAME, Format, check_tensors, existing, listed
 from .in_place import InPlace
-from .peft_lora import PeftLoRA, without_base_copies
+from .peft_lora import PeftLoRA
 from .peft_prefix import PeftPrefix
 from .peft_prompt import PeftPrompt
 

@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add = command.add_argument
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"some of {names} (default: all)")
     add("--out", type=Path, default=Path("runs/compare"), help="folder of results (default: %(default)s)")
-    add("--steps", type=_at_least(1), default=100, help="of each method (default: %(default)s)")
+    add("--steps", type=_at_least(1), default=60, help="of each method (default: %(default)s)")
     add("--batch-size", type=_at_least(1), help="sequences per step (default: 8; 4 with --model)")
     add("--sequence-length", type=_at_least(1), help="in tokens (default: 128; with --model 512, or what it takes)")
     _machine(command)
