@@ -22,7 +22,7 @@ from .report import environment
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-# (M, K, N, R): one row, a tile, prime tails, more rows than a tile.
+# (M, K, N, R): one row, a tile, prime tails, more rows than a tile. Attention: M rows, heads of K, a prefix of R.
 SHAPES = ((1, 64, 32, 1), (33, 128, 96, 4), (17, 131, 67, 3), (160, 192, 128, 16))
 _P, _SEED, _SCALING = 0.1, 7, 2.0
 
@@ -104,6 +104,11 @@ def _errors(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
     for name, weight in weights.items():
         for p in (0.0, _P):
             yield from _compare(f"lora_linear, {name}, p={p:g}", partial(_lora_linear, p), weight, inputs, dy)
+    attended = {name: randn(2, heads, M, K).to(dtype) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    attended |= {name: randn(2, R, K).to(dtype) for name in ("pk", "pv")}
+    dy = randn(2, 4, M, K).to(dtype)
+    for p in (0.0, _P):
+        yield from _compare(f"prefix_attention, p={p:g}", partial(_prefix_attention, p), None, attended, dy)
 
 
 def _nf4_linear(package, weight, x, bias):
@@ -114,9 +119,14 @@ def _lora_linear(p, package, weight, x, bias, a, b):
     return package.lora_linear(x, weight, bias, a, b, _SCALING, p, torch.tensor(_SEED, device=x.device))
 
 
+def _prefix_attention(p, package, weight, q, k, v, pk, pv):
+    seed = torch.tensor(_SEED, device=q.device)
+    return package.prefix_attention(q, k, v, pk, pv, q.shape[-1] ** -0.5, None, True, None, 0.0, p, seed)
+
+
 def _compare(
-    op: str, call: Callable[..., torch.Tensor], weight: torch.Tensor | NF4Weight, inputs: dict[str, torch.Tensor],
-    dy: torch.Tensor,
+    op: str, call: Callable[..., torch.Tensor], weight: torch.Tensor | NF4Weight | None,
+    inputs: dict[str, torch.Tensor], dy: torch.Tensor,
 ) -> Iterator[Error]:  # fmt: skip
     """The output of an op and the gradient of each of its inputs."""
 

@@ -26,7 +26,7 @@ OPS = [
     ("nf4", "nf4_quantize"), ("nf4", "absmax_quantize"), ("nf4", "nf4_dequantize"), ("nf4_linear", "nf4_linear"),
     ("nf4_linear", "nf4_linear_dx"), ("down_project", "down_project"), ("down_project", "down_project_da"),
     ("linear_low_rank", "linear_low_rank"), ("linear_low_rank", "linear_low_rank_dx"),
-    ("low_rank", "low_rank_gradients"),
+    ("low_rank", "low_rank_gradients"), ("prefix_attention", "prefix_merge_"), ("prefix_attention", "prefix_gradients"),
 ]  # fmt: skip
 SABOTAGE = [(*op, 0.0) for op in OPS] + [
     (*op, float("nan")) for op in OPS if not op[1].endswith("_quantize")
