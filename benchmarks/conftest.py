@@ -6,7 +6,16 @@ from torch import nn
 
 from benchmarks import machine
 from benchmarks.measure import DeviceInstant, peak_bytes, sample, saved_bytes
-from benchmarks.shapes import DEVICE, DTYPE, ON_GPU, adapter_shapes, linear_shapes, weight_shapes
+from benchmarks.shapes import (
+    DEVICE,
+    DTYPE,
+    ON_GPU,
+    adapter_shapes,
+    attention_shapes,
+    decoding_shapes,
+    linear_shapes,
+    weight_shapes,
+)  # fmt: skip
 
 
 def pytest_addoption(parser):
@@ -16,7 +25,10 @@ def pytest_addoption(parser):
 def pytest_generate_tests(metafunc):
     config = metafunc.config
     tiny = config.getoption("--quick") or config.getoption("--benchmark-disable")
-    for name, shapes in (("shape", linear_shapes), ("adapter_shape", adapter_shapes), ("weight_shape", weight_shapes)):
+    for name, shapes in (
+        ("shape", linear_shapes), ("adapter_shape", adapter_shapes), ("weight_shape", weight_shapes),
+        ("attention_shape", attention_shapes), ("decoding_shape", decoding_shapes),
+    ):  # fmt: skip
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, shapes(tiny), ids=str)
 

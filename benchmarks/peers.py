@@ -2,6 +2,7 @@
 
 Layers: `build(linear, p) -> nn.Module` over a frozen nn.Linear; adapters of rank 16 wherever there are any.
 NF4: `build(w, nested) -> (quantise, dequantise)`, two functions without arguments.
+Prefix attention: `attend(query, key, value, prefix_key, prefix_value, is_causal)`.
 """
 
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from peft_ops import nf4
 from peft_ops.nn import BottleneckAdapter, DoRALinear, LoRALinear, NF4Linear
+from peft_ops.ops import prefix_attention
 
 R, ALPHA = 16, 32
 BLOCKSIZE = 64
@@ -148,3 +151,39 @@ def bitsandbytes_codec(w: torch.Tensor, nested: bool) -> tuple[Callable, Callabl
 
 
 CODECS = {"peft-ops": ours_codec, "bitsandbytes": bitsandbytes_codec}
+
+
+def ours_prefix(query, key, value, prefix_key, prefix_value, is_causal: bool) -> torch.Tensor:
+    return prefix_attention(query, key, value, prefix_key, prefix_value, is_causal=is_causal)
+
+
+def text_alone(query, key, value, prefix_key, prefix_value, is_causal: bool) -> torch.Tensor:
+    """The floor: no prefix."""
+    return scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=True)
+
+
+def joined_prefix(query, key, value, prefix_key, prefix_value, is_causal: bool) -> torch.Tensor:
+    """What PEFT's past_key_values amount to in transformers: a cache that joins keys and values at every forward, and a
+    mask, since a causal one over a prefix is no square; keys are repeated for grouped queries where there is a mask.
+    """
+    return attend_joined(query, *joined(key, value, prefix_key, prefix_value), is_causal)
+
+
+def joined(key, value, prefix_key, prefix_value) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of [prefix; text]."""
+    pairs = ((prefix_key, key), (prefix_value, value))
+    keys, values = (torch.cat((p.to(t.dtype).expand(t.shape[0], -1, -1, -1), t), 2) for p, t in pairs)
+    return keys, values
+
+
+def attend_joined(query, keys, values, is_causal: bool) -> torch.Tensor:
+    if not is_causal:
+        return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+    T, total, groups = query.shape[2], keys.shape[2], query.shape[1] // keys.shape[1]
+    mask = torch.ones(T, total, dtype=torch.bool, device=query.device).tril(total - T)
+    if groups > 1:
+        keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
+    return scaled_dot_product_attention(query, keys, values, mask)
+
+
+PREFIX = {"peft-ops": ours_prefix, "joined SDPA": joined_prefix, "SDPA without prefix": text_alone}

@@ -16,6 +16,7 @@ KEPT = ("min", "q1", "median", "q3", "max", "iqr", "rounds")
 PICTURES = {
     "lora_linear": ("lora_linear forward", "lora_linear forward + backward"),
     "nf4": ("nf4 quantize", "nf4 dequantize"),
+    "prefix_attention": ("prefix_attention forward + backward", "prefix_attention decode"),
     "nf4_linear": ("nf4_linear forward", "nf4_linear forward + backward", "qlora_linear forward + backward"),
     "bottleneck_adapter": ("bottleneck_adapter forward", "bottleneck_adapter forward + backward"),
     "dora_linear": ("dora_linear forward + backward",),

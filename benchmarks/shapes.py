@@ -24,6 +24,40 @@ class Shape(NamedTuple):
         return f"{self.M}-{self.N}x{self.K}" if self.M else f"{self.N}x{self.K}"
 
 
+class Attention(NamedTuple):
+    """B batch rows of M queries against N keys of K, `heads` of them for H heads of query, beside a prefix of n."""
+
+    M: int
+    N: int
+    K: int
+    B: int
+    H: int
+    heads: int
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.M}-{self.N}x{self.K}-{self.variant}"
+
+    @property
+    def variant(self) -> str:
+        return f"B={self.B} heads={self.H}/{self.heads} n={self.n}"
+
+
+def attention_shapes(tiny: bool) -> list[Attention]:
+    """Of training: GPT-2's heads and Llama's."""
+    if tiny:
+        return [Attention(8, 8, 16, 1, 2, 1, 3)]
+    if not ON_GPU:
+        return [Attention(512, 512, 64, 2, 12, 12, n) for n in (5, 50)] + [Attention(512, 512, 128, 1, 16, 4, 100)]
+    gpt2 = [Attention(1024, 1024, 64, 8, 16, 16, n) for n in (5, 50)]
+    return gpt2 + [Attention(2048, 2048, 128, 4, 32, 8, n) for n in (20, 50, 200)]
+
+
+def decoding_shapes(tiny: bool) -> list[Attention]:
+    """Of one new token against a cache."""
+    return [shape._replace(M=1, B=4 if tiny else 32 if ON_GPU else 8) for shape in attention_shapes(tiny)]
+
+
 def linear_shapes(tiny: bool) -> list[Shape]:
     """Of x [M, K] and weight [N, K]; `tiny` is one shape that takes no time."""
     if tiny:

@@ -66,6 +66,15 @@ def test_adapter_contenders_compute_what_ours_computes(name):
     torch.testing.assert_close(*(torch.autograd.grad(t, x, dy)[0] for t in (y, truth)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_prefix_contenders_compute_what_ours_computes(is_causal):
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    prefix = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    ours = peers.ours_prefix(q, k, v, *prefix, is_causal)
+    torch.testing.assert_close(ours, peers.joined_prefix(q, k, v, *prefix, is_causal))
+    assert not torch.allclose(ours, peers.text_alone(q, k, v, *prefix, is_causal))
+
+
 def test_peft_adapters_are_float32_on_a_16_bit_base():
     layer = peers.peft_lora(nn.Linear(8, 8, bias=False, dtype=torch.bfloat16), 0.1)
     assert {p.dtype for name, p in layer.named_parameters() if "lora_" in name} == {torch.float32}

@@ -119,7 +119,7 @@ def test_forward_and_gradients(dtype, mask, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_float32_prefix_beside_a_16_bit_text(dtype, p, device):
-    """Case 24: its gradients are float32 and as exact as if query had been widened, which it is not."""
+    """Case 24: its gradients are float32, over a few rows as exact as if query had been widened, which it is not."""
     leaves = problem(T=19, dtype=dtype, prefix=torch.float32, device=device)
 
     def widened(q, k, v, pk, pv, prefix_dropout_p=0.0, seed=7):

@@ -22,7 +22,7 @@ from .report import environment
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-# (M, K, N, R): one row, a tile, prime tails, more rows than a tile.
+# (M, K, N, R): one row, a tile, prime tails, more rows than a tile. Attention: M rows, heads of K, a prefix of R.
 SHAPES = ((1, 64, 32, 1), (33, 128, 96, 4), (17, 131, 67, 3), (160, 192, 128, 16))
 _P, _SEED, _SCALING = 0.1, 7, 2.0
 
@@ -119,6 +119,11 @@ def _errors(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
         yield f"dora_norm, {name}", "norm", *_against(ops.dora_norm(weight, a, b, _SCALING), plain, truth)
         scaled = inputs | {"magnitude": magnitude}
         yield from _compare(f"dora_linear, {name}, p={_P:g}", _dora_linear, weight, scaled, dy)
+    attended = {name: randn(2, heads, M, K).to(dtype) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    attended |= {name: randn(2, R, K).to(dtype) for name in ("pk", "pv")}
+    dy = randn(2, 4, M, K).to(dtype)
+    for p in (0.0, _P):
+        yield from _compare(f"prefix_attention, p={p:g}", partial(_prefix_attention, p), None, attended, dy)
 
 
 def _nf4_linear(package, weight, x, bias):
@@ -143,9 +148,14 @@ def _lora_embedding(x, package, _, table, a, b):
     return package.lora_embedding(x, table, a, b, _SCALING)
 
 
+def _prefix_attention(p, package, weight, q, k, v, pk, pv):
+    seed = torch.tensor(_SEED, device=q.device)
+    return package.prefix_attention(q, k, v, pk, pv, q.shape[-1] ** -0.5, None, True, None, 0.0, p, seed)
+
+
 def _compare(
-    op: str, call: Callable[..., torch.Tensor], weight: torch.Tensor | NF4Weight, inputs: dict[str, torch.Tensor],
-    dy: torch.Tensor,
+    op: str, call: Callable[..., torch.Tensor], weight: torch.Tensor | NF4Weight | None,
+    inputs: dict[str, torch.Tensor], dy: torch.Tensor,
 ) -> Iterator[Error]:  # fmt: skip
     """The output of an op and the gradient of each of its inputs."""
 

@@ -79,7 +79,8 @@ def prefix_attention(
         query: [B, H, T, D], floating point; under autocast query, key and value are cast first, as by SDPA.
         key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], the dtype of query; H is a multiple of Hkv; S may be 0.
         prefix_key, prefix_value: [Hkv, n, D] and [Hkv, n, Dv], n >= 1, any floating dtype: a float32 prefix beside a
-            16-bit text is used as it is and gets float32 gradients.
+            16-bit text is used as it is and gets gradients summed in float32; what limits them is out, which is kept in
+            16 bits as by any flash attention.
         scaling: of scores; D ** -0.5 by default.
         mask: over the text alone, broadcastable to [B, H, T, S]: bool (True attends) or floating point to be added, in
             which -inf and the lowest number of its dtype mean the same. A row that sees no text attends to the prefix.
