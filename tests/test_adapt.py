@@ -549,7 +549,7 @@ def test_what_has_no_effect_warns(fields, warning):
         ({"layers_pattern": "h"}, ValueError, "layers_pattern needs layers_to_transform"),
         ({"bias": "some"}, ValueError, "bias must be one of 'none', 'all', 'lora_only', got 'some'"),
         ({"task_type": "POETRY"}, ValueError, "task_type must be None or one of .*, got 'POETRY'"),
-        ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights must be .*, got 'pissa'"),
+        ({"init_lora_weights": "olora"}, ValueError, "init_lora_weights must be .*, got 'olora'"),
         ({"lora_bias": True}, ValueError, "lora_bias=True is not supported"),
         ({"target_parameters": ["w"]}, ValueError, "target_parameters=.* is not supported"),
         ({"trainable_token_indices": [1]}, ValueError, "trainable_token_indices=.* is not supported"),
