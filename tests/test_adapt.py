@@ -227,7 +227,7 @@ def test_merging_nan_leaves_the_model():
 
 
 def test_merging_a_tied_head_warns_and_spares_the_embedding():
-    model = peft_ops.peft_ops.adapt(gpt2(), LoRAConfig(**RANDOM, target_modules=["c_attn", "lm_head"]))
+    model = peft_ops.adapt(gpt2(), LoRAConfig(**RANDOM, target_modules=["c_attn", "lm_head"]))
     embedding, adapted = model.transformer.wte.weight.clone(), logits(model)
     with pytest.warns(UserWarning, match="lm_head.weight was tied to transformer.wte.weight"):
         peft_ops.merge(model)
@@ -263,7 +263,7 @@ def test_a_shared_embedding_that_is_not_called():
 def test_a_saved_tied_head_spares_the_embedding():
     model = gpt2()
     base, embedding = logits(model), model.transformer.wte.weight.clone()
-    peft_ops.peft_ops.adapt(model, LoRAConfig(modules_to_save=["lm_head"]))
+    peft_ops.adapt(model, LoRAConfig(modules_to_save=["lm_head"]))
     train(model)
     assert torch.equal(model.transformer.wte.weight, embedding)
     assert not torch.equal(model.lm_head.weight, embedding)
@@ -549,7 +549,7 @@ def test_what_has_no_effect_warns(fields, warning):
         ({"layers_pattern": "h"}, ValueError, "layers_pattern needs layers_to_transform"),
         ({"bias": "some"}, ValueError, "bias must be one of 'none', 'all', 'lora_only', got 'some'"),
         ({"task_type": "POETRY"}, ValueError, "task_type must be None or one of .*, got 'POETRY'"),
-        ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights must be .*, got 'pissa'"),
+        ({"init_lora_weights": "olora"}, ValueError, "init_lora_weights must be .*, got 'olora'"),
         ({"lora_bias": True}, ValueError, "lora_bias=True is not supported"),
         ({"target_parameters": ["w"]}, ValueError, "target_parameters=.* is not supported"),
         ({"trainable_token_indices": [1]}, ValueError, "trainable_token_indices=.* is not supported"),
