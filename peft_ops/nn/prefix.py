@@ -1,5 +1,6 @@
 """The keys and values that a layer's attention sees before those of the text."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -102,7 +103,8 @@ class ProjectedPrefix(Prefix):
             nn.init.zeros_(self.linear.bias)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast(self.linear.weight.device.type, enabled=False):
+        weight = self.linear.weight
+        with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
             both = self.linear(self._encoder[0]())
         key, value = both.split([self.heads * self.key_dim, self.heads * self.value_dim], dim=1)
         shape = (self.n, self.heads, -1)

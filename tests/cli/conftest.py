@@ -71,7 +71,8 @@ def finetune(model_folder, deeper_folder, data_file, tmp_path):
         method = options[options.index("--method") + 1] if "--method" in options else "lora"
         folder = deeper_folder if method == "frozen-bottom" else model_folder
         given = ["--model", folder, "--data", data_file, "--out", tmp_path / out, "--device", "cpu"]
-        given += ["--dtype", "fp32", "--steps", 8, "--batch-size", 4, "--sequence-length", 16, "--lr", 0.03]
+        lr = {"adapter": 0.1, "rslora": 0.015, "lora-plus": 0.003, "loftq": 0.015}.get(method, 0.03)
+        given += ["--dtype", "fp32", "--steps", 8, "--batch-size", 4, "--sequence-length", 16, "--lr", lr]
         given += ["--r", 4] if "r" in METHODS.get(method, METHODS["lora"]).options else []
         return main(["finetune", *map(str, given), *map(str, options)])
 
