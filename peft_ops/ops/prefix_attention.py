@@ -19,9 +19,9 @@ class _PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def forward(ctx, query, key, value, prefix_key, prefix_value, mask, bias, seed, prefix_seed, scaling, is_causal,
-                p, prefix_p):  # fmt: skip
-        out, lse, state = text.attention(query, key, value, mask, is_causal, scaling, p)
+    def forward(ctx, query, key, value, prefix_key, prefix_value, mask, bias, seed, prefix_seed, kernel, scaling,
+                is_causal, p, prefix_p):  # fmt: skip
+        out, lse, state = text.attention(kernel, query, key, value, mask, is_causal, scaling, p)
         out, _ = implementation(OP, query).prefix_merge_(
             out, lse[..., : query.shape[2]], query, prefix_key, prefix_value, bias, scaling,
             p, seed, prefix_p, prefix_seed,
@@ -31,7 +31,7 @@ class _PrefixAttention(torch.autograd.Function):
         tensors = tuple(t if isinstance(t, torch.Tensor) else None for t in state)
         ctx.save_for_backward(query, *saved, prefix_key, prefix_value, bias, seed, prefix_seed, out, lse, *tensors)
         ctx.state = tuple(None if isinstance(t, torch.Tensor) else t for t in state)
-        ctx.of_text, ctx.scalars = of_text, (scaling, is_causal, p, prefix_p)
+        ctx.of_text, ctx.kernel, ctx.scalars = of_text, kernel, (scaling, is_causal, p, prefix_p)
         return out
 
     @staticmethod
@@ -43,14 +43,16 @@ class _PrefixAttention(torch.autograd.Function):
         needed, (dq, dk, dv) = ctx.needs_input_grad[:5], (None, None, None)
         if ctx.of_text:
             state = tuple(given if t is None else t for given, t in zip(ctx.state, tensors, strict=True))
-            dq, dk, dv = text.attention_gradients(dout, query, key, value, mask, out, lse, state, is_causal, scaling, p)
+            dq, dk, dv = text.attention_gradients(
+                ctx.kernel, dout, query, key, value, mask, out, lse, state, is_causal, scaling, p
+            )
         dq, dpk, dpv = implementation(OP, query).prefix_gradients(
             dout, out, lse[..., : query.shape[2]], query, pk, pv, bias, dq if needed[0] else None, any(needed[3:]),
             scaling, p, seed, prefix_p, prefix_seed,
         )  # fmt: skip
         dpk, dpv = (None if d is None else d.to(t.dtype) for d, t in ((dpk, pk), (dpv, pv)))
         gradients = (d if need else None for d, need in zip((dq, dk, dv, dpk, dpv), needed, strict=True))
-        return *gradients, *(None,) * 8
+        return *gradients, *(None,) * 9
 
 
 def prefix_attention(
@@ -109,11 +111,12 @@ def prefix_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     prefix_seed = mask_seed(seed, query.device) if prefix_p > 0.0 else None
     tensors, is_causal = (query, key, value, prefix_key, prefix_value), bool(is_causal)
-    if functorch_active() or not text.is_covered(query, key, value, mask, is_causal, p):
+    kernel = text.kernel_for(query, key, value, mask, is_causal, p)
+    if kernel is None or functorch_active():
         return formulas.prefix_attention(*tensors, scaling, mask, is_causal, bias, p, prefix_p, prefix_seed)
     weights_seed = mask_seed(None, query.device) if p > 0.0 else None
     return _PrefixAttention.apply(
-        *tensors, mask, bias, weights_seed, prefix_seed, scaling, is_causal, p, prefix_p
+        *tensors, mask, bias, weights_seed, prefix_seed, kernel, scaling, is_causal, p, prefix_p
     )  # fmt: skip
 
 
