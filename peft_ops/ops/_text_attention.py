@@ -37,7 +37,7 @@ def kernel_for(
 def attention(
     kernel: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
     is_causal: bool, scaling: float, p: float,
-) -> tuple[torch.Tensor, torch.Tensor, tuple]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:  # fmt: skip
     """(out [B, H, T, Dv], lse [B, H, >= T], what the gradients ask back); padding behind T in lse is the kernel's."""
     if kernel == "none":
         out = query.new_zeros(*query.shape[:3], value.shape[3])
@@ -50,12 +50,12 @@ def attention(
         )
         return out, lse, ()
     if kernel == "flash":
-        out, lse, *state, _ = _aten._scaled_dot_product_flash_attention(q, k, v, p, is_causal, False, scale=scaling)
-    else:
-        out, lse, *state = _aten._scaled_dot_product_efficient_attention(
-            q, k, v, bias, True, p, is_causal, scale=scaling
+        out, lse, cum_q, cum_k, _, _, *rng, _ = _aten._scaled_dot_product_flash_attention(
+            q, k, v, p, is_causal, False, scale=scaling
         )
-    return out, lse, tuple(state)
+        return out, lse, (cum_q, cum_k, *rng)
+    out, lse, *rng = _aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, p, is_causal, scale=scaling)
+    return out, lse, tuple(rng)
 
 
 def attention_gradients(
@@ -72,9 +72,9 @@ def attention_gradients(
             _dense(dout), q, k, v, out, lse, p, is_causal, attn_mask=bias, scale=scaling
         )
     if kernel == "flash":
-        *keys, seed, offset = state
+        cum_q, cum_k, *rng = state
         return _aten._scaled_dot_product_flash_attention_backward(
-            _aligned(dout), q, k, v, out, lse, *keys, p, is_causal, seed, offset, scale=scaling
+            _aligned(dout), q, k, v, out, lse, cum_q, cum_k, q.shape[2], k.shape[2], p, is_causal, *rng, scale=scaling
         )
     dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
         _aligned(dout), q, k, v, bias, out, lse, *state, p, [True, True, True, False], is_causal, scale=scaling
