@@ -36,7 +36,7 @@ def test_forward_backward(benchmark, note, attention_shape, contender):
 
 def test_decode(benchmark, note, decoding_shape, contender):
     note("prefix_attention decode", decoding_shape, decoding_shape.variant)
-    query, key, value, prefix_key, prefix_value = tensors(decoding_shape, False)
+    query, key, value, prefix_key, prefix_value = (t.contiguous() for t in tensors(decoding_shape, False))
     cache = joined(key, value, prefix_key, prefix_value)
 
     @torch.no_grad()

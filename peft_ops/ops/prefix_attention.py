@@ -19,38 +19,37 @@ class _PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def forward(ctx, query, key, value, prefix_key, prefix_value, mask, bias, seed, prefix_seed, scaling, is_causal,
-                p, prefix_p):  # fmt: skip
-        out, lse, state = text.attention(query, key, value, mask, is_causal, scaling, p)
+    def forward(ctx, query, key, value, prefix_key, prefix_value, mask, bias, seed, prefix_seed, kernel, scaling,
+                is_causal, p, prefix_p):  # fmt: skip
+        out, lse, state = text.attention(kernel, query, key, value, mask, is_causal, scaling, p)
         out, _ = implementation(OP, query).prefix_merge_(
             out, lse[..., : query.shape[2]], query, prefix_key, prefix_value, bias, scaling,
             p, seed, prefix_p, prefix_seed,
         )  # fmt: skip
         of_text = any(ctx.needs_input_grad[:3])
         saved = (key, value, mask) if of_text else (None, None, None)
-        tensors = tuple(t if isinstance(t, torch.Tensor) else None for t in state)
-        ctx.save_for_backward(query, *saved, prefix_key, prefix_value, bias, seed, prefix_seed, out, lse, *tensors)
-        ctx.state = tuple(None if isinstance(t, torch.Tensor) else t for t in state)
-        ctx.of_text, ctx.scalars = of_text, (scaling, is_causal, p, prefix_p)
+        ctx.save_for_backward(query, *saved, prefix_key, prefix_value, bias, seed, prefix_seed, out, lse, *state)
+        ctx.of_text, ctx.kernel, ctx.scalars = of_text, kernel, (scaling, is_causal, p, prefix_p)
         return out
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx, dout):
-        query, key, value, mask, pk, pv, bias, seed, prefix_seed, out, lse, *tensors = ctx.saved_tensors
+        query, key, value, mask, pk, pv, bias, seed, prefix_seed, out, lse, *state = ctx.saved_tensors
         scaling, is_causal, p, prefix_p = ctx.scalars
         needed, (dq, dk, dv) = ctx.needs_input_grad[:5], (None, None, None)
         if ctx.of_text:
-            state = tuple(given if t is None else t for given, t in zip(ctx.state, tensors, strict=True))
-            dq, dk, dv = text.attention_gradients(dout, query, key, value, mask, out, lse, state, is_causal, scaling, p)
+            dq, dk, dv = text.attention_gradients(
+                ctx.kernel, dout, query, key, value, mask, out, lse, tuple(state), is_causal, scaling, p
+            )
         dq, dpk, dpv = implementation(OP, query).prefix_gradients(
             dout, out, lse[..., : query.shape[2]], query, pk, pv, bias, dq if needed[0] else None, any(needed[3:]),
             scaling, p, seed, prefix_p, prefix_seed,
         )  # fmt: skip
         dpk, dpv = (None if d is None else d.to(t.dtype) for d, t in ((dpk, pk), (dpv, pv)))
         gradients = (d if need else None for d, need in zip((dq, dk, dv, dpk, dpv), needed, strict=True))
-        return *gradients, *(None,) * 8
+        return *gradients, *(None,) * 9
 
 
 def prefix_attention(
@@ -70,10 +69,12 @@ def prefix_attention(
     """Attention of query over the keys and values of a prefix, which all of the batch shares, and of the text.
 
     The text goes through torch's own attention kernel and the prefix, n keys, through one launch more, which merges the
-    two by their log-sum-exp. Against concatenation nothing of the size of the text's keys and values is written or
-    kept: forward 2 B Hkv (n + S) D elements fewer, as many fewer saved. Where torch has no kernel that gives the
-    log-sum-exp (dropout_p > 0 on a CPU, D != Dv there, head dimensions no multiple of 8 on a GPU, functorch transforms)
-    scores are held side by side, in memory as SDPA's own fall-back.
+    two by their log-sum-exp: two launches for a decoding step without a mask. Concatenation writes, and keeps for the
+    backward, B Hkv (n + S) (D + Dv) elements more. The merge reads query and out and writes out; up to 32 keys (16 in
+    float32) cost the backward one pass over query, out, dout and dq, more keys two.
+
+    Where torch has no kernel that gives the log-sum-exp (dropout_p > 0 or D != Dv on a CPU, head dimensions that are no
+    multiple of 8 on a GPU, functorch transforms) scores are held side by side, in memory as SDPA's own fall-back.
 
     Args:
         query: [B, H, T, D], floating point; under autocast query, key and value are cast first, as by SDPA.
@@ -84,6 +85,7 @@ def prefix_attention(
         scaling: of scores; D ** -0.5 by default.
         mask: over the text alone, broadcastable to [B, H, T, S]: bool (True attends) or floating point to be added, in
             which -inf and the lowest number of its dtype mean the same. A row that sees no text attends to the prefix.
+            On a GPU numbers are taken in the dtype of query, which is how torch's kernels want them.
         is_causal: row t sees the text up to t, from the top left as in SDPA; not with a mask.
         prefix_bias: added to the prefix's scores, finite, broadcastable to [H, T, n], or to that behind a leading 1.
         dropout_p: of attention weights, of prefix and text alike.
@@ -109,11 +111,12 @@ def prefix_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     prefix_seed = mask_seed(seed, query.device) if prefix_p > 0.0 else None
     tensors, is_causal = (query, key, value, prefix_key, prefix_value), bool(is_causal)
-    if functorch_active() or not text.is_covered(query, key, value, mask, is_causal, p):
+    kernel = text.kernel_for(query, key, value, mask, is_causal, p)
+    if kernel is None or functorch_active():
         return formulas.prefix_attention(*tensors, scaling, mask, is_causal, bias, p, prefix_p, prefix_seed)
     weights_seed = mask_seed(None, query.device) if p > 0.0 else None
     return _PrefixAttention.apply(
-        *tensors, mask, bias, weights_seed, prefix_seed, scaling, is_causal, p, prefix_p
+        *tensors, mask, bias, weights_seed, prefix_seed, kernel, scaling, is_causal, p, prefix_p
     )  # fmt: skip
 
 

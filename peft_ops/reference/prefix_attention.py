@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from .dropout import dropout
-from .rows import _CHUNK_ELEMENTS, wide_dtype
+from .rows import CHUNK_ELEMENTS, wide_dtype
 
 
 def prefix_merge_(
@@ -69,7 +69,7 @@ def prefix_gradients(
 def _batches(query: torch.Tensor, prefix_p: float) -> Iterator[slice]:
     """Slices of the batch: as many rows as a core's cache holds, one where each has a prefix of its own."""
     B, H, T, D = query.shape
-    step = 1 if prefix_p else max(1, _CHUNK_ELEMENTS // max(1, H * T * D))
+    step = 1 if prefix_p else max(1, CHUNK_ELEMENTS // max(1, H * T * D))
     return (slice(start, min(start + step, B)) for start in range(0, B, step))
 
 

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import torch
 
-_CHUNK_ELEMENTS = 1 << 19  # 2 MiB of float32, which a core's cache holds
+CHUNK_ELEMENTS = 1 << 19  # 2 MiB of float32, which a core's cache holds
 
 
 def chunks(t: torch.Tensor) -> Iterator[slice]:
     """Slices that cover the rows of t [M, K]."""
-    step = max(1, _CHUNK_ELEMENTS // max(1, t.shape[1]))
+    step = max(1, CHUNK_ELEMENTS // max(1, t.shape[1]))
     return (slice(start, min(start + step, t.shape[0])) for start in range(0, t.shape[0], step))
 
 
