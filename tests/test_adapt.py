@@ -7,6 +7,7 @@ import weakref
 import peft
 import pytest
 import torch
+import transformers
 from tiny_models import (
     BUILDERS,
     TASKS,
@@ -565,3 +566,29 @@ def test_bad_configs(fields, error, message):
 def test_bad_blocksize():
     with pytest.raises(ValueError, match=r"blocksize must be one of 32, .*, got 100"):
         QLoRAConfig(blocksize=100)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize(
+    ("build", "targets", "r", "count"),
+    [
+        (lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig()), ["query", "value"], 8, 294_912),
+        (
+            lambda: transformers.RobertaForMaskedLM(
+                transformers.RobertaConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16)
+            ),
+            ["query", "value"], 8, 786_432,
+        ),
+        (
+            lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=1024, n_layer=24, n_head=16)),
+            ["c_attn"], 4, 393_216,
+        ),
+    ],
+)  # fmt: skip
+def test_parameter_counts_of_the_paper(build, targets, r, count):
+    """LoRA, 2021, tables 2 and 3: RoBERTa base and large, GPT-2 medium."""
+    with torch.device("meta"):
+        model = build()
+    assert (
+        peft_ops.trainable_parameters(peft_ops.adapt(model, LoRAConfig(r=r, target_modules=targets))).trainable == count
+    )
