@@ -64,7 +64,7 @@ def draw_curves(path: Path, rows: list[Row], unit: str) -> None:
     for family, ax in zip(families, panels, strict=True):
         members = [row for row in rows if row[0].family == family]
         for number, (method, outcome) in enumerate(members):
-            color, marker = _PALETTE[number % len(_PALETTE)], "os^Dvp"[number % 6]
+            color, marker = _PALETTE[number % len(_PALETTE)], "os^DvpX"[number % 7]
             curve, held_out = smoothed(outcome.history.losses), outcome.history.held_out
             ax.plot(range(1, len(curve) + 1), curve, color=color, linewidth=1.8, label=method.label)
             ax.plot(*zip(*held_out, strict=True), marker, color=color, markeredgecolor="white", markersize=6)
@@ -80,4 +80,4 @@ def draw_curves(path: Path, rows: list[Row], unit: str) -> None:
     save_figure(drawn, path)
 
 
-_PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # of Okabe and Ito
+_PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")  # of Okabe and Ito

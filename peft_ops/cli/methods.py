@@ -157,7 +157,7 @@ _ALL = (
     Method("adapter-parallel", "adapters (parallel)", ADAPTERS, _adapter(AdapterConfig.parallel), 3e-4, 3e-3, M),
     Method("lora", "LoRA", LORA, lambda s, m: _lora(s), 2e-4, 7e-3, LORA_OPTIONS),
     Method("rslora", "rsLoRA", LORA, lambda s, m: _lora(s, use_rslora=True), 1e-4, 6e-3, LORA_OPTIONS),
-    Method("lora-plus", "LoRA+", LORA, lambda s, m: _lora(s), 1e-4, 9e-3, LORA_OPTIONS, lora_plus=16.0),
+    Method("lora-plus", "LoRA+", LORA, lambda s, m: _lora(s), 1e-4, 1.8e-3, LORA_OPTIONS, lora_plus=16.0),
     Method("dora", "DoRA", LORA, lambda s, m: _lora(s, use_dora=True), 2e-4, 7e-3, LORA_OPTIONS),
     Method("pissa", "PiSSA", LORA, lambda s, m: _lora(s, init_lora_weights="pissa_niter_16"), 1e-4, 3e-3, LORA_OPTIONS),
     Method("qlora", "QLoRA", LORA, lambda s, m: _lora(s, QLoRAConfig), 2e-4, 7e-3, LORA_OPTIONS),
