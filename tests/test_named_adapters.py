@@ -145,6 +145,29 @@ def test_merging_several_drops_the_rest(model):
         peft_ops.adapter_names(model)
 
 
+def test_a_failed_merge_leaves_the_adapters(model):
+    peft_ops.set_adapter(model, "b")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.lora_B.fill_(float("inf"))
+    before = snapshot(model)
+    peft_ops.set_adapter(model, "a")
+    expected = logits(model)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        peft_ops.merge(model, adapter_names=["a", "b"])
+    assert peft_ops.adapter_names(model)[0] == "a"
+    assert sorted(peft_ops.adapter_names(model)) == ["a", "b", "c"]
+    assert torch.equal(logits(model), expected)
+    assert snapshot(peft_ops.set_adapter(model, "b"))["types"] == before["types"]
+
+
+def test_16_bit_adapters_combine(model):
+    model.bfloat16()
+    for name in ("b", "c", "a"):
+        peft_ops.set_adapter(model, name).bfloat16()
+    peft_ops.add_weighted_adapter(model, ["a", "c"], [1.0, 1.0], "sum", combination_type="svd")
+    assert logits(peft_ops.set_adapter(model, "sum")).isfinite().all()
+
+
 def test_over_a_4_bit_base(folders):
     model = peft_ops.adapt(llama(), QLoRAConfig(r=4, target_modules="all-linear"))
     train(model)
@@ -174,6 +197,8 @@ def test_heads_belong_to_their_adapter():
     train(model)
     peft_ops.set_adapter(model, "default")
     assert torch.equal(model.classifier.weight, own)
+    with pytest.warns(UserWarning, match="that default, second trained whole are not combined"):
+        peft_ops.add_weighted_adapter(model, ["default", "second"], [0.5, 0.5], "sum")
 
 
 def test_copies_pickles_and_dtypes(model):

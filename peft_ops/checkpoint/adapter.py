@@ -11,7 +11,7 @@ from ..tuning.adaptation import adaptation_of, require_adaptation, require_enabl
 from ..tuning.config import MethodConfig
 from ..tuning.lora_layers import lora_layers
 from ..tuning.methods import plan
-from ..tuning.named import activated, adapter_names, add, name_active
+from ..tuning.named import Named, activated, adapter_names, add, check_new_name, name_active
 from .adapterhub import AdapterHub
 from .files import read_json, write_files
 from .format import CONFIG_NAME, Format, check_tensors, existing, listed
@@ -26,11 +26,15 @@ FORMATS: tuple[Format, ...] = (PeftLoRA(), PeftPrompt(), PeftPrefix(), AdapterHu
 def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str | None = None) -> None:
     """Write what was trained of an adapted model into the folder `path`.
 
-    LoRA, QLoRA, prefix-tuning, P-tuning v2: in Hugging Face PEFT's format, read by peft.PeftModel.from_pretrained; an
-    encoder that training needs goes into adapter_training.safetensors beside it. Bottleneck adapters: in AdapterHub's,
-    read by load_adapter(path, use_safetensors=True) of a model of that package; LayerNorms, which it does not train, go
-    into adapter_training.safetensors. All files are written and flushed under temporary names before they take the
-    place of earlier ones: an interrupted save leaves those. Of a frozen base nothing is written.
+    LoRA and its family, prompt tuning, P-tuning, prefix-tuning, P-tuning v2: in Hugging Face PEFT's format, read by
+    peft.PeftModel.from_pretrained; what only training needs (an encoder, the start of PiSSA) goes into
+    adapter_training.safetensors beside it. Bottleneck adapters: in AdapterHub's, read by
+    load_adapter(path, use_safetensors=True) of a model of that package; LayerNorms, which it does not train, go into
+    adapter_training.safetensors. All files are written and flushed under temporary names before they take the place of
+    earlier ones: an interrupted save leaves those. Of a frozen base nothing is written.
+    Full and partial fine-tuning: the trained tensors by their names in the model.
+
+    adapter_name: which of several LoRA adapters; None is the active one.
 
     Raises:
         ValueError: the model is not adapted, or its adapters are disabled at the moment.
@@ -56,6 +60,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str | 
     """
     if adapter_name is not None and adaptation_of(model) is not None:
         return _load_by_name(model, path, adapter_name)
+    if adapter_name is not None:
+        check_new_name(Named(""), adapter_name)
     require_enabled(model)
     merged = [path for path, layer in lora_layers(model).items() if layer.merged]
     if merged:

@@ -80,11 +80,11 @@ class Adaptation:
             yield
             return
         with self.off(model):
-            self._exchange(model)
+            self.exchange(model)
             try:
                 yield
             finally:
-                self._exchange(model)
+                self.exchange(model)
 
     def start_training(self, model: nn.Module) -> None:
         """Put trainable copies in the place of the `trained` tensors."""
@@ -92,7 +92,7 @@ class Adaptation:
             original = self.originals[name] = get_tensor(model, name)
             set_tensor(model, name, trainable_copy(original))
 
-    def _exchange(self, model: nn.Module) -> None:
+    def exchange(self, model: nn.Module) -> None:
         """Trained tensors and their originals change places; the latter are moved to where the former are."""
         for name, kept in self.originals.items():
             current = get_tensor(model, name)

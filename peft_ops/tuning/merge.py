@@ -6,7 +6,8 @@ from torch import nn
 
 from .adaptation import adaptation_of, require_adaptation, require_enabled, set_adaptation
 from .lora_layers import lora_layers, merge_layers
-from .named import forget_names, set_adapter
+from .named import adapter_names as adapter_names_of
+from .named import delete_adapter, forget_names, set_adapter
 from .weighted import add_weighted_adapter
 
 
@@ -32,21 +33,28 @@ def merge(model: nn.Module, requantize: bool = False, adapter_names: Sequence[st
         merge_layers(model, requantize)
         return model
     require_enabled(model)
-    if adapter_names is not None:
-        _activate_sum(model, adapter_names)
-        adaptation = require_adaptation(model)
-    adaptation.merge(model, requantize)
+    if adapter_names is None:
+        adaptation.merge(model, requantize)
+    else:
+        _merge_sum(model, adapter_names, requantize)
     set_adaptation(model, None)
     forget_names(model)
     return model
 
 
-def _activate_sum(model: nn.Module, adapter_names: Sequence[str]) -> None:
-    if len(adapter_names) > 1:
-        total = "+".join(adapter_names)
-        add_weighted_adapter(model, adapter_names, [1.0] * len(adapter_names), total)
-        adapter_names = [total]
-    set_adapter(model, *adapter_names)
+def _merge_sum(model: nn.Module, names: Sequence[str], requantize: bool) -> None:
+    """Merge the sum of these adapters; where that fails the model is left as it was."""
+    active, total = adapter_names_of(model)[0], names[0] if len(names) == 1 else "+".join(names)
+    if len(names) != 1:
+        add_weighted_adapter(model, names, [1.0] * len(names), total)
+    set_adapter(model, total)
+    try:
+        require_adaptation(model).merge(model, requantize)
+    except ValueError:
+        set_adapter(model, active)
+        if len(names) != 1:
+            delete_adapter(model, total)
+        raise
 
 
 def eject(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..nn.lora_layer import LoRALayer
-from .adaptation import Adaptation, adaptation_of, require_adaptation, require_enabled, set_adaptation
+from .adaptation import adaptation_of, require_adaptation, require_enabled, set_adaptation
 from .lora import LoRAAdaptation
 from .trained import replace_module
 
@@ -177,7 +177,7 @@ def _stow(model: nn.Module, named: Named) -> None:
         assert isinstance(layer, LoRALayer)
         layers[path] = layer
         replace_module(model, path, layer.base())
-    Adaptation._exchange(adaptation, model)
+    adaptation.exchange(model)
     named.stowed[named.active] = (adaptation, layers)
     set_adaptation(model, None)
 
@@ -193,6 +193,6 @@ def _bring(model: nn.Module, named: Named, adapter_name: str) -> None:
         for tensor in (*layer.parameters(), *layer.buffers()):
             tensor.data = tensor.data.to(device)
         replace_module(model, path, layer.train(base.training))
-    Adaptation._exchange(adaptation, model)
+    adaptation.exchange(model)
     named.active = adapter_name
     set_adaptation(model, adaptation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
@@ -34,6 +35,8 @@ def add_weighted_adapter(
         in svd_rank (None: their largest rank); 'linear' sums A and B each, with the roots of |wᵢ sᵢ|, which needs equal
         ranks and is that sum for one adapter only. sᵢ are their scalings; that of the new one is 1.
 
+    A warning names adapters that trained heads or biases too, which are not combined.
+
     Raises:
         TypeError: DoRA, PiSSA or LoftQ among them, whose effect is no product of factors.
         ValueError: no such adapters, another number of weights, an existing name, unequal ranks for 'linear'.
@@ -46,6 +49,7 @@ def add_weighted_adapter(
     if svd_rank is not None:
         check_count("svd_rank", svd_rank)
     layers = layers_by_name(model, adapters)
+    _warn_of_heads(model, adapters)
     paths = list(dict.fromkeys(path for found in layers.values() for path in found))
     of = list(zip(adapters, weights, strict=True))
     parts = {path: _factors(path, [(layers[name].get(path), weight) for name, weight in of]) for path in paths}
@@ -70,6 +74,13 @@ def add_weighted_adapter(
     return add(model, adapter_name, install)
 
 
+def _warn_of_heads(model: nn.Module, adapters: Sequence[str]) -> None:
+    named, active = named_of(model), require_adaptation(model)
+    whole = [name for name in adapters if (active if name == named.active else named.stowed[name][0]).trained]
+    if whole:
+        warnings.warn(f"heads and biases that {', '.join(whole)} trained whole are not combined", stacklevel=3)
+
+
 def _factors(path: str, found: list[tuple[nn.Module | None, float]]) -> _Factors:
     factors = []
     for layer, weight in found:
@@ -79,6 +90,8 @@ def _factors(path: str, found: list[tuple[nn.Module | None, float]]) -> _Factors
             raise TypeError(f"{path} is {type(layer).__name__}: only plain LoRA can be combined")
         assert isinstance(layer, LoRALayer)
         a, b = (getattr(layer, name).detach() for name in layer.ADAPTER)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        a, b = a.to(wide), b.to(wide)
         factors.append((weight * layer.scaling, a, b))
     return factors
 
