@@ -8,9 +8,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("cli", "checkpoint", "tuning", "nn", "ops", "nf4", "_backend", "reference")  # each may import what follows it
+ORDER = (
+    "cli",
+    "rlhf",
+    "checkpoint",
+    "tuning",
+    "nn",
+    "ops",
+    "nf4",
+    "_backend",
+    "reference",
+)  # each may import what follows it
 ALLOWED = {
     "cli": set(ORDER),
+    "rlhf": {"tuning", "nn", "ops", "nf4"},
     "tuning": {"nn", "ops", "nf4"},
     "checkpoint": {"tuning", "nn", "ops", "nf4"},
     "nn": {"ops", "nf4"},

@@ -106,3 +106,27 @@ def bottleneck_adapter(
     if residual is None:
         return term.to(x.dtype)
     return (residual + term).to(torch.promote_types(x.dtype, residual.dtype))
+
+
+def linear_logprob(
+    x: torch.Tensor, weight, bias: torch.Tensor | None, a: torch.Tensor | None, b: torch.Tensor | None,
+    targets: torch.Tensor, scaling: float, p: float, seed: torch.Tensor | None,
+    logit_scale: float, softcap: float | None, temperature: float, ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(log softmax(z) of each target, entropy of softmax(z)), [M] each, with z = cap(logit_scale · (x Wᵀ + bias +
+    scaling · drop(x) aᵀ bᵀ)) / temperature, cap(z) = softcap · tanh(z / softcap); logits [M, V] in float32. 0 where
+    the target is ignore_index."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if a is None or b is None:
+        dense = weight if isinstance(weight, torch.Tensor) else nf4_dequantize(weight, x.dtype).view(weight.shape)
+        z = torch.nn.functional.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    else:
+        z = lora_linear(x, weight, bias, a, b, scaling, p, seed)
+    z = z.to(wide) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    logp = torch.log_softmax(z / temperature, -1)
+    counted = targets != ignore_index
+    chosen = logp.gather(-1, targets.masked_fill(~counted, 0)[:, None])[:, 0]
+    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
+    return torch.where(counted, chosen, 0), torch.where(counted, entropy, 0)

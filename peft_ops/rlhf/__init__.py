@@ -1,0 +1,1 @@
+"""Losses of reinforcement learning from human feedback, on log-probabilities and masks, and their modules."""
