@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..nf4 import NF4Weight
 from ..ops import TokenLogProbs, linear_logprob
@@ -42,7 +42,7 @@ class Head:
         )  # fmt: skip
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: Any) -> Head:
     """The head of a transformers causal LM as it is now: read it again after every change of the model.
 
     Stand-in; see the next commit.
