@@ -60,26 +60,33 @@ def letters(completions: list[str], **_) -> list[float]:
     return [sum(c.isalpha() for c in text) / max(len(text), 1) for text in completions]
 
 
-def make(trainer: str, model: transformers.PreTrainedModel, out: str, **settings) -> transformers.Trainer:
-    """A trainer of `model`, which is adapted, with our head and the model itself as the reference."""
+def bare(trainer: str, model: transformers.PreTrainedModel, out: str, **settings) -> transformers.Trainer:
+    """The trainer as TRL makes it, of a model that is adapted."""
     common = dict(
         output_dir=out, report_to="none", use_cpu=True, bf16=False, save_strategy="no", logging_steps=1,
-        learning_rate=1e-2, per_device_train_batch_size=4, disable_tqdm=True, dataloader_pin_memory=False, **settings,
+        learning_rate=1e-2, per_device_train_batch_size=4, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
+    common.update(settings)
     given = dict(model=model, processing_class=byte_tokenizer(), train_dataset=data(trainer))
-    if trainer == "sft":
-        return use_fused_head(trl.SFTTrainer(args=trl.SFTConfig(max_length=96, **common), **given))
-    if trainer == "dpo":
-        arguments = trl.DPOConfig(max_length=96, **common)
-        return use_fused_head(trl.DPOTrainer(args=arguments, ref_model=ReferenceModel(model), **given))
-    if trainer == "kto":
-        arguments = trl.KTOConfig(max_length=96, **common)
-        return use_fused_head(trl.KTOTrainer(args=arguments, ref_model=ReferenceModel(model), **given))
     if trainer == "grpo":  # beta stays at 0 here: with another, TRL would load a second model
         arguments = trl.GRPOConfig(num_generations=4, max_completion_length=8, temperature=0.9, **common)
-        made = trl.GRPOTrainer(args=arguments, reward_funcs=letters, **given)
-        return use_reference(use_fused_head(made), beta=0.04)
-    return trl.RewardTrainer(args=trl.RewardConfig(max_length=96, **common), **given)  # a reward is no log-prob
+        return trl.GRPOTrainer(args=arguments, reward_funcs=letters, **given)
+    if trainer == "sft":
+        return trl.SFTTrainer(args=trl.SFTConfig(max_length=96, **common), **given)
+    if trainer == "reward":
+        return trl.RewardTrainer(args=trl.RewardConfig(max_length=96, **common), **given)
+    given["ref_model"] = ReferenceModel(model)  # without one, TRL would load a second model
+    if trainer == "dpo":
+        return trl.DPOTrainer(args=trl.DPOConfig(max_length=96, **common), **given)
+    return trl.KTOTrainer(args=trl.KTOConfig(max_length=96, **common), **given)
+
+
+def make(trainer: str, model: transformers.PreTrainedModel, out: str, **settings) -> transformers.Trainer:
+    """The same with our head, and the model itself as the reference."""
+    made = bare(trainer, model, out, **settings)
+    if trainer == "grpo":
+        use_reference(made, beta=0.04)
+    return made if trainer == "reward" else use_fused_head(made)  # a reward is no log-prob
 
 
 def main(trainer: str = "dpo", folder: str = "adapter", steps: int = 10) -> list[float]:
