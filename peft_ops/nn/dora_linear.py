@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..ops import dora_linear, dora_norm
-from .lora_linear import LoRALinear
+from .lora_linear import LinearTerms, LoRALinear
 from .nf4_lora_linear import NF4LoRALinear
 
 
@@ -37,6 +37,13 @@ class DoRALinear(LoRALinear):
         p = self.lora_dropout if self.training else 0.0
         return dora_linear(
             x, self._matrix(), self.bias, self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling, p
+        )
+
+    def linear_terms(self) -> LinearTerms:
+        if self.merged or not self.adapter_enabled:
+            return super().linear_terms()
+        raise TypeError(
+            f"a {type(self).__name__} scales its outputs: it is no weight and low-rank term; use LoRA on it"
         )
 
     def _adapted_weight(self, dtype: torch.dtype) -> torch.Tensor:

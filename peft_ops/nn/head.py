@@ -12,7 +12,6 @@ from ..ops import TokenLogProbs, linear_logprob
 from .linear_like import is_conv1d
 from .lora_linear import LoRALinear
 from .nf4_linear import NF4Linear
-from .nf4_lora_linear import NF4LoRALinear
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,16 @@ class Head:
 def head_of(model: Any) -> Head:
     """The head of a transformers causal LM as it is now: read it again after every change of the model.
 
+    It is what the model's output embeddings compute of the hidden states that they are given, an adapter on them
+    included, and the scale and cap that the model's config names.
+
     Raises:
-        TypeError: the head is of a kind that the op cannot take (DoRA, PiSSA, LoftQ, another class of layer).
+        TypeError: the head is of a kind that the op cannot take (DoRA, another class of layer).
     """
     layer = model.get_output_embeddings()
     scale, softcap = _after_the_product(model.config.get_text_config())
-    if isinstance(layer, LoRALinear) and layer.adapter_enabled and not layer.merged:
-        if type(layer) not in (LoRALinear, NF4LoRALinear):
-            raise TypeError(f"the output head is a {type(layer).__name__}: only plain LoRA on it is a low-rank term")
-        p = layer.lora_dropout if layer.training else 0.0
-        return Head(layer._matrix(), layer.bias, layer.lora_A, layer.lora_B, layer.scaling, p, scale, softcap)
     if isinstance(layer, LoRALinear):
-        return Head(layer._matrix(), layer.bias, logit_scale=scale, softcap=softcap)
+        return Head(*layer.linear_terms(), logit_scale=scale, softcap=softcap)
     if not isinstance(layer, torch.nn.Linear | NF4Linear) and not is_conv1d(layer):
         raise TypeError(f"the output head is a {type(layer).__name__}, not a linear layer")
     weight = layer.weight.t() if is_conv1d(layer) else layer.weight

@@ -1,7 +1,7 @@
 """A linear layer with a low-rank adapter beside it."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import nn
@@ -11,6 +11,10 @@ from ..ops import lora_linear
 from .linear_like import check_linear, is_conv1d
 from .lora_layer import LoRALayer
 from .nf4_linear import NF4Linear
+
+LinearTerms: TypeAlias = tuple[
+    torch.Tensor | NF4Weight, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, float, float
+]
 
 
 class LoRALinear(LoRALayer):
@@ -107,6 +111,18 @@ class LoRALinear(LoRALayer):
             return self._base_forward(x)
         p = self.lora_dropout if self.training else 0.0
         return lora_linear(x, self._matrix(), self.bias, self.lora_A, self.lora_B, self.scaling, p)
+
+    def linear_terms(self) -> LinearTerms:
+        """(weight [out, in], bias, lora_a, lora_b, scaling, dropout_p) of what forward computes now, for an op that
+        takes its parts; lora_a and lora_b are None where the adapter is off or merged.
+
+        Raises:
+            TypeError: it is not a weight and a low-rank term (DoRA's).
+        """
+        if self.merged or not self.adapter_enabled:
+            return self._matrix(), self.bias, None, None, 1.0, 0.0
+        p = self.lora_dropout if self.training else 0.0
+        return self._matrix(), self.bias, self.lora_A, self.lora_B, self.scaling, p
 
     def _adapted_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """A fresh W + scaling · B A."""

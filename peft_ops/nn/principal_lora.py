@@ -10,7 +10,7 @@ from .. import nf4
 from ..ops import lora_linear
 from .linear_like import check_linear, dense_weight
 from .lora_init import Factors, loftq, principal_factors
-from .lora_linear import LoRALinear, check_adapter_arguments
+from .lora_linear import LinearTerms, LoRALinear, check_adapter_arguments
 from .nf4_linear import NF4Linear
 from .nf4_lora_linear import NF4LoRALinear
 
@@ -53,9 +53,16 @@ class PrincipalLoRALinear(LoRALinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged or not self.adapter_enabled:
             return self._base_forward(x)
-        a, b = torch.cat((self.lora_A, self.initial_a)), torch.cat((self.lora_B, -self.initial_b), dim=1)
         p = self.lora_dropout if self.training else 0.0
-        return lora_linear(x, self._matrix(), self.bias, a, b, self.scaling, p)
+        return lora_linear(x, self._matrix(), self.bias, *self._factors(), self.scaling, p)
+
+    def linear_terms(self) -> LinearTerms:
+        weight, bias, a, b, scaling, p = super().linear_terms()
+        return weight, bias, *(self._factors() if a is not None else (a, b)), scaling, p
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(a [2 r, in], b [out, 2 r]) of B A − B₀ A₀."""
+        return torch.cat((self.lora_A, self.initial_a)), torch.cat((self.lora_B, -self.initial_b), dim=1)
 
     def _adapted_weight(self, dtype: torch.dtype) -> torch.Tensor:
         initial = self.initial_b.to(dtype), self.initial_a.to(dtype)
@@ -109,6 +116,11 @@ class ResidualNF4LoRALinear(NF4LoRALinear):
         if self.adapter_enabled or self.merged:
             return super().forward(x)
         return lora_linear(x, self.weight, self.bias, self.initial_a, self.initial_b, self.scaling)
+
+    def linear_terms(self) -> LinearTerms:
+        if self.adapter_enabled or self.merged:
+            return super().linear_terms()
+        return self.weight, self.bias, self.initial_a, self.initial_b, self.scaling, 0.0
 
 
 def _start(layer: PrincipalLoRALinear | ResidualNF4LoRALinear, factors: Factors | None) -> None:

@@ -29,7 +29,8 @@ def head_statistics(
             parts["is_top1"].append(z.argmax(-1) == t)
         if "log_sum_sq_probs" in parts:
             parts["log_sum_sq_probs"].append((2 * z).logsumexp(-1) - 2 * z.logsumexp(-1))
-    return {name: torch.cat(values) for name, values in parts.items()}
+    empty = hidden.new_zeros(0, dtype=torch.float32)
+    return {name: torch.cat(values) if values else empty for name, values in parts.items()}
 
 
 def _logits(head: Head, x: torch.Tensor) -> torch.Tensor:

@@ -67,8 +67,7 @@ def use_fused_head(
     head_of(model)
     if isinstance(_forward_of(model), FusedForward):
         remove_fused_head(model)
-    entropy_bonus = bool(getattr(trainer, "_entropy_bonus_enabled", False))
-    model.forward = FusedForward(model, temperature, outputs, entropy_bonus)
+    model.forward = FusedForward(model, temperature, outputs)
     return model_or_trainer
 
 
@@ -114,8 +113,8 @@ def use_reference(trainer: _T, beta: float | None = None) -> _T:
 class FusedForward:
     """A model's forward with `fused_lm_head=True`; copied with the model, it is the copy's."""
 
-    def __init__(self, model: Any, temperature: float, outputs: tuple[str, ...], entropy_bonus: bool = False) -> None:
-        self.model, self.temperature, self.outputs, self.entropy_bonus = model, temperature, outputs, entropy_bonus
+    def __init__(self, model: Any, temperature: float, outputs: tuple[str, ...]) -> None:
+        self.model, self.temperature, self.outputs = model, temperature, outputs
         self.was_set, self.previous = "forward" in vars(model), model.forward
         self.__wrapped__ = type(model).forward  # whose signature `generate` reads
 
@@ -150,17 +149,14 @@ class FusedForward:
         if not isinstance(head.weight, NF4Weight):
             hidden = hidden.to(head.weight.dtype)
         mask = targets != -100
-        rows = mask if mask.any() else torch.ones_like(mask)  # with none to score: zeros that still have a gradient
-        h, t = hidden[rows], targets[rows]
-        token = head.log_probs(h, t, self.temperature, entropy="entropy" in self.outputs)
-        found = {"log_probs": token.logp}
+        token = head.log_probs(hidden, targets, self.temperature, entropy="entropy" in self.outputs)
+        fields = {"log_probs": token.logp, "label_mask": mask}
         if token.entropy is not None:
-            if self.entropy_bonus and token.logp.requires_grad and not token.entropy.requires_grad:
-                raise NotImplementedError("entropy_coef: the entropy of ops.linear_logprob has no gradient here")
-            found["entropy"] = token.entropy
-        found.update(head_statistics(head, h, t, self.temperature, self.outputs))
-        fields = {name: v.new_zeros(mask.shape).masked_scatter(rows, v) for name, v in found.items()}
-        return {**{name: v.masked_fill(~mask, 0) for name, v in fields.items()}, "label_mask": mask}
+            fields["entropy"] = token.entropy
+        if set(self.outputs) & set(STATISTICS):
+            scored = head_statistics(head, hidden[mask], targets[mask], self.temperature, self.outputs)
+            fields |= {name: v.new_zeros(mask.shape).masked_scatter(mask, v) for name, v in scored.items()}
+        return fields
 
 
 def _router_loss(out: Any, config: Any, attention_mask: torch.Tensor | None) -> Any:
