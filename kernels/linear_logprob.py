@@ -64,8 +64,9 @@ def _logprob_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BIAS: tl.constexpr, LOW_RANK: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """parts[p] [4, M] over split_n columns each of N: the largest logit, Σ e^(z - largest), Σ e^(z - largest) z, and
-    the logit of the target where it is one of them, else 0. Column 0 is first_column of the vocabulary."""
+    """parts[p] [4, M] over split_n columns each of N: the largest logit, Σ e^(z - largest), Σ e^(z - largest)
+    (z - largest), and the logit of the target where it is one of them, else 0. Column 0 is first_column of the
+    vocabulary."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.program_id(1)
     y = tl.load(targets_ptr + m, mask=m < M, other=ignore_index)
@@ -85,10 +86,11 @@ def _logprob_kernel(
         chosen += tl.sum(tl.where(n[None, :] == y[:, None], z, 0.0), 1)
         new = tl.maximum(largest, tl.max(z, 1))
         decay = tl.exp(largest - new)
-        p = tl.exp(z - new[:, None])
-        total = total * decay + tl.sum(p, 1)
+        z -= new[:, None]
+        p = tl.exp(z)
         if ENTROPY:
-            moment = moment * decay + tl.sum(tl.where(p == 0.0, 0.0, p * z), 1)
+            moment = (moment + (largest - new) * total) * decay + tl.sum(tl.where(p == 0.0, 0.0, p * z), 1)
+        total = total * decay + tl.sum(p, 1)
         largest = new
     out = parts_ptr + part.to(tl.int64) * 4 * M + m
     tl.store(out, largest, mask=m < M)
@@ -100,7 +102,8 @@ def _logprob_kernel(
 
 @triton.jit
 def _logprob_gradient_kernel(
-    x_ptr, w_ptr, bias_ptr, s_ptr, b_ptr, targets_ptr, lse_ptr, entropy_ptr, dlogp_ptr, dentropy_ptr, du_ptr, dbias_ptr,
+    x_ptr, w_ptr, bias_ptr, s_ptr, b_ptr, targets_ptr, norm_ptr, entropy_ptr, dlogp_ptr, dentropy_ptr, du_ptr,
+    dbias_ptr,
     M, N, K, R, first_column, ignore_index,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_sm, stride_bn, stride_br, stride_dum, stride_part,
     scaling, inner, outer, rate,
@@ -120,7 +123,8 @@ def _logprob_gradient_kernel(
         BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BIAS, LOW_RANK, CAP, PRECISION,
     )  # fmt: skip
     n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    logp = z - tl.load(lse_ptr + m, mask=m < M, other=0.0)[:, None]
+    largest = tl.load(norm_ptr + m, mask=m < M, other=0.0)[:, None]
+    logp = (z - largest) - tl.load(norm_ptr + M + m, mask=m < M, other=0.0)[:, None]
     dlogp = tl.load(dlogp_ptr + m, mask=m < M, other=0.0)[:, None]
     p, weight = tl.exp(logp), dlogp
     if ENTROPY:
@@ -180,28 +184,24 @@ def linear_logprob(
                     *head.strides(w), *head.scalars, ENTROPY=need_entropy, **head.flags, **config,
                 )  # fmt: skip
         found.append(parts)
-    results = _joined(found[0] if len(found) == 1 else torch.cat(found), targets != ignore_index, need_entropy)
-    outside = (targets != ignore_index) & ((targets < 0) | (targets >= weight.shape[0]))
-    return results[0].masked_fill(outside, float("nan")), *results[1:], None
-
-
-def _joined(
-    parts: torch.Tensor, counted: torch.Tensor, need_entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(logp, lse, entropy or None) from parts [P, 4, M] of the vocabulary, in a fixed order; 0 where not counted."""
+    counted, parts = targets != ignore_index, found[0] if len(found) == 1 else torch.cat(found)
     largest = parts[:, 0].amax(0)
-    decay = torch.exp(parts[:, 0] - largest)
+    shift = parts[:, 0] - largest
+    decay = shift.exp()
     total = (parts[:, 1] * decay).sum(0)
-    lse = largest + total.log()
-    entropy = lse - (parts[:, 2] * decay).sum(0) / total if need_entropy else None
-    zero = lse.new_zeros(())
-    logp = torch.where(counted, parts[:, 3].sum(0) - lse, zero)
-    return logp, torch.where(counted, lse, zero), None if entropy is None else torch.where(counted, entropy, zero)
+    log_total = total.log()
+    logp = (parts[:, 3].sum(0) - largest) - log_total
+    logp.masked_fill_((targets < 0) | (targets >= weight.shape[0]), float("nan")).masked_fill_(~counted, 0.0)
+    norm = torch.stack((largest, log_total)).masked_fill_(~counted, 0.0)
+    if not need_entropy:
+        return logp, norm, None, None
+    moment = ((parts[:, 2] + shift * parts[:, 1]) * decay).sum(0)
+    return logp, norm, (log_total - moment / total).masked_fill_(~counted, 0.0), None
 
 
 def linear_logprob_gradients(
     x: torch.Tensor, weight, bias: torch.Tensor | None, s: torch.Tensor | None, b: torch.Tensor | None, scaling: float,
-    targets: torch.Tensor, ignore_index: int, inner: float | None, outer: float, lse: torch.Tensor,
+    targets: torch.Tensor, ignore_index: int, inner: float | None, outer: float, norm: torch.Tensor,
     entropy: torch.Tensor | None, dlogp: torch.Tensor, dentropy: torch.Tensor | None,
     need_dx: bool, need_dw: bool, need_dbias: bool,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
@@ -214,7 +214,7 @@ def linear_logprob_gradients(
     ds, db = (None, None) if s is None or b is None else (torch.zeros_like(s), b.new_empty(b.shape, dtype=wide))
     clean_x = x.masked_fill(ignored, 0.0) if need_dw else None
     clean_s = None if s is None else s.masked_fill(ignored, 0.0)
-    rows = tuple(t if t is None else t.contiguous() for t in (targets, lse, entropy, dlogp, dentropy))
+    rows = tuple(t if t is None else t.contiguous() for t in (targets, norm, entropy, dlogp, dentropy))
     for columns, w in head.slabs(configs.logprob_columns(M, x.element_size())):
         du, sums = _logit_gradients(head, columns, w, ignore_index, need_dbias, *rows)
         if dx is not None:
@@ -231,7 +231,7 @@ def linear_logprob_gradients(
 
 
 def _logit_gradients(
-    head, columns, w, ignore_index, need_sums, targets, lse, entropy, dlogp, dentropy
+    head, columns, w, ignore_index, need_sums, targets, norm, entropy, dlogp, dentropy
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(du [M, N] in the dtype of x for the N columns of a slab, and their sums [N] over rows where needed)."""
     (M, _), N, x = head.x.shape, w.shape[0], head.x
@@ -241,8 +241,8 @@ def _logit_gradients(
     if du.numel():
         with device_guard(x):
             _logprob_gradient_kernel[(blocks * triton.cdiv(N, config["BLOCK_N"]),)](
-                *head.operands(columns, w), targets, lse, lse if entropy is None else entropy, dlogp,
-                dlogp if dentropy is None else dentropy, du, lse if sums is None else sums, *head.sizes(w),
+                *head.operands(columns, w), targets, norm, norm if entropy is None else entropy, dlogp,
+                dlogp if dentropy is None else dentropy, du, norm if sums is None else sums, *head.sizes(w),
                 columns.start, ignore_index, *head.strides(w), N, N, *head.scalars, head.rate,
                 ENTROPY=dentropy is not None, NEED_DBIAS=need_sums, **head.flags, **config,
             )  # fmt: skip

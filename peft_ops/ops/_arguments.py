@@ -161,8 +161,8 @@ def without_autocast(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def wrapped(ctx, *args):
-        device = next(t for t in args if t is not None).device.type
-        if not torch.is_autocast_enabled(device):
+        device = next((t.device.type for t in args if isinstance(t, torch.Tensor)), None)
+        if device is None or not torch.is_autocast_enabled(device):
             return method(ctx, *args)
         with torch.autocast(device, enabled=False):
             return method(ctx, *args)

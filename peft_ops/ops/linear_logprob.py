@@ -36,8 +36,8 @@ class TokenLogProbs(NamedTuple):
 
 
 class _LinearLogProb(torch.autograd.Function):
-    """Saves references to parameters and, [M, ...] each: with a frozen dense or NF4 head the slope ∂logp/∂hidden, which
-    is all that the backward of logp needs; else hidden, lse, and S = drop(hidden) Aᵀ. Both where entropy is asked for.
+    """Saves references to parameters and, with a frozen head, the slope ∂logp/∂hidden [M, K], all that the backward of
+    logp needs; else hidden, S = drop(hidden) Aᵀ [M, r] and norm [2, M]. Both where entropy is asked for.
     """
 
     @staticmethod
@@ -52,12 +52,12 @@ class _LinearLogProb(torch.autograd.Function):
             rows, all_targets = torch.cat((x, reference)), targets.repeat(2)
             all_s = None if s is None else torch.cat((s, torch.zeros_like(s)))
         weight, frozen = dense if nf4 is None else nf4, a is None and not any(need_head)
-        logp, lse, entropy, slope = implementation(OP, x).linear_logprob(
+        logp, norm, entropy, slope = implementation(OP, x).linear_logprob(
             rows, weight, bias, all_s, b, scaling, all_targets, *logits, need_entropy,
             M if training and need_dx and frozen else 0,
         )  # fmt: skip
         again = training and (slope is None or need_entropy)
-        kept = (x, s, lse[:M], None if entropy is None else entropy[:M]) if again else (None,) * 4
+        kept = (x, s, norm[:, :M], None if entropy is None else entropy[:M]) if again else (None,) * 4
         ctx.save_for_backward(*kept, slope, dense, bias, a, b, targets, seed)
         ctx.nf4, ctx.scaling, ctx.p, ctx.logits = nf4, scaling, p, logits
         ctx.set_materialize_grads(False)
@@ -70,21 +70,22 @@ class _LinearLogProb(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx, dlogp, dentropy, _):
-        x, s, lse, entropy, slope, dense, bias, a, b, targets, seed = ctx.saved_tensors
+        x, s, norm, entropy, slope, dense, bias, a, b, targets, seed = ctx.saved_tensors
         dx = dw = dbias = ds = da = db = None
         need_dx, need_dw, need_dbias, need_da, need_db = ctx.needs_input_grad[:5]
         if slope is not None and dentropy is None:
             dx = None if dlogp is None else (dlogp[:, None] * slope).to(slope.dtype)
         elif dlogp is not None or dentropy is not None:
-            weight, wide = dense if ctx.nf4 is None else ctx.nf4, torch.zeros_like(lse) if dlogp is None else dlogp
+            weight, wide = dense if ctx.nf4 is None else ctx.nf4, torch.zeros_like(norm[0]) if dlogp is None else dlogp
             dx, dw, dbias, ds, db = implementation(OP, x).linear_logprob_gradients(
-                x, weight, bias, s, b, ctx.scaling, targets, *ctx.logits, lse, entropy, wide, dentropy,
+                x, weight, bias, s, b, ctx.scaling, targets, *ctx.logits, norm, entropy, wide, dentropy,
                 need_dx, need_dw, need_dbias,
             )  # fmt: skip
         if dx is not None and ds is not None:
             dx = implementation("low_rank", dx).low_rank_update_(dx, ds, a.t(), 1.0, ctx.p, seed)
         if need_da and ds is not None:
-            da = implementation("down_project", x).down_project_da(ds, x, ctx.p, seed).to(a.dtype)
+            counted = x.masked_fill((targets == ctx.logits[0])[:, None], 0.0)  # ds is 0 there, x may be anything
+            da = implementation("down_project", x).down_project_da(ds, counted, ctx.p, seed).to(a.dtype)
         dbias = None if dbias is None else dbias.to(bias.dtype)
         db = db.to(b.dtype) if need_db and db is not None else None
         return dx, dw, dbias, da, db, *(None,) * 9

@@ -21,7 +21,8 @@ def linear_logprob(
     x: torch.Tensor, weight, bias: torch.Tensor | None, s: torch.Tensor | None, b: torch.Tensor | None, scaling: float,
     targets: torch.Tensor, ignore_index: int, inner: float | None, outer: float, need_entropy: bool, slope_rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    """(logp [M] = log softmax(z) at the target, lse [M] = logsumexp(z), entropy [M] of softmax(z) where needed, slope
+    """(logp [M] = log softmax(z) at the target; norm [2, M]: the largest z of each row and log Σ e^(z - largest), which
+    together are logsumexp(z) and apart keep the digits of confident rows; entropy [M] of softmax(z) where needed; slope
     [slope_rows, K] = ∂logp/∂x of the first rows through W, where there are any); 0 where ignored.
 
     The slope is carried along as attention carries its output, with the rows of W as keys and values: Σ softmax(z) W is
@@ -39,28 +40,32 @@ def linear_logprob(
         chosen[rows.start + at] = z[at, column]
         new = torch.maximum(top[rows], z.amax(1))
         decay = torch.exp(top[rows] - new)
-        top[rows] = new
-        p = torch.exp(z - new[:, None]) if need_entropy else z.sub_(new[:, None]).exp_()
+        z.sub_(new[:, None])
+        p = torch.exp(z) if need_entropy else z.exp_()
         if need_entropy:
-            moment[rows] = moment[rows] * decay + z.mul_(p).masked_fill_(p == 0, 0.0).sum(1)
+            before = moment[rows] + (top[rows] - new) * total[rows]
+            moment[rows] = before * decay + z.mul_(p).masked_fill_(p == 0, 0.0).sum(1)
         total[rows] = total[rows] * decay + p.sum(1)
+        top[rows] = new
         if rows.start < first:
             n = min(rows.stop, first) - rows.start
             part = expected[rows.start : rows.start + n].mul_(decay[:n, None])
             part.addmm_(p[:n] if cap is None else p[:n] * cap[:n], w)
             at, column = at[at < n], column[at < n]
             own[rows.start + at] = w[column] if cap is None else w[column] * cap[at, column, None]
-    lse, slope = top + total.log(), None
+    log_total, slope = total.log(), None
     if slope_rows:
         slope = own.sub_(expected.div_(total[:first, None])).mul_(head.rate)
         slope = _spread(slope, None if kept is None else kept[:first], slope_rows).to(x.dtype)
-    entropy = _spread(lse - moment / total, kept, targets.shape[0]) if need_entropy else None
-    return _spread(chosen - lse, kept, targets.shape[0]), _spread(lse, kept, targets.shape[0]), entropy, slope
+    n = targets.shape[0]
+    entropy = _spread(log_total - moment / total, kept, n) if need_entropy else None
+    norm = _spread(torch.stack((top, log_total), 1), kept, n).t()
+    return _spread((chosen - top) - log_total, kept, n), norm, entropy, slope
 
 
 def linear_logprob_gradients(
     x: torch.Tensor, weight, bias: torch.Tensor | None, s: torch.Tensor | None, b: torch.Tensor | None, scaling: float,
-    targets: torch.Tensor, ignore_index: int, inner: float | None, outer: float, lse: torch.Tensor,
+    targets: torch.Tensor, ignore_index: int, inner: float | None, outer: float, norm: torch.Tensor,
     entropy: torch.Tensor | None, dlogp: torch.Tensor, dentropy: torch.Tensor | None,
     need_dx: bool, need_dw: bool, need_dbias: bool,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
@@ -71,7 +76,7 @@ def linear_logprob_gradients(
     """
     kept = _kept(targets, ignore_index)
     head = _Head(_take(x, kept), weight, bias, None if s is None else _take(s, kept), b, scaling, inner, outer)
-    y, lse, dlogp = _take(targets, kept), _take(lse, kept), _take(dlogp, kept)
+    y, dlogp, (top, log_total) = _take(targets, kept), _take(dlogp, kept), _take(norm.t(), kept).t()
     make = head.x.new_zeros
     dx = make(head.x.shape) if need_dx else None
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dw else None
@@ -80,7 +85,7 @@ def linear_logprob_gradients(
     dw_slab = None
     for columns, w, rows, z, cap in head.tiles():
         at, column = _inside(y[rows], columns)
-        z.sub_(lse[rows, None])
+        z.sub_(top[rows, None]).sub_(log_total[rows, None])
         p = z.exp()
         if dentropy is None or entropy is None:
             dz = p.mul_(-dlogp[rows, None])

@@ -8,7 +8,7 @@ from peft_ops.kernels.linear_logprob import _add_product_kernel, _logprob_gradie
 from resources import ARCHES, assert_lean
 
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FLOAT32 = ("s_ptr", "parts_ptr", "lse_ptr", "entropy_ptr", "dlogp_ptr", "dentropy_ptr", "dbias_ptr", "dx_ptr")
+FLOAT32 = ("s_ptr", "parts_ptr", "norm_ptr", "entropy_ptr", "dlogp_ptr", "dentropy_ptr", "dbias_ptr", "dx_ptr")
 SCALARS = ("scaling", "inner", "outer", "rate")
 CONV1D = ("stride_wn",)  # a transposed weight; its rows are the unit stride
 LINEAR = ("stride_wk",)
