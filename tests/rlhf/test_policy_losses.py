@@ -182,6 +182,39 @@ def test_padding_reaches_neither_value_nor_gradient(name, poison):
     assert (grad[holes()] != 0).any()
 
 
+def test_what_was_measured_before_is_constant():
+    """old_logp, advantages, old_values, returns and the reference get no gradient, though they could."""
+    x, others, rows = leaf(tokens()), [leaf(tokens()) for _ in range(3)], leaf(ADVANTAGES)
+    for out in (
+        ppo_policy_loss(x, *others[:2], MASK).loss,
+        ppo_value_loss(x, *others[:2], MASK),
+        grpo_loss(x, others[0], rows, MASK, others[1], 0.1).loss,
+        grpo_loss(x, others[0], others[2], MASK, others[1], 0.1).loss,
+    ):
+        grad, *rest = gradients(out, x, *others, rows)
+        assert grad.any()
+        assert rest == [None] * 4
+
+
+def test_advantages_of_padding_and_of_empty_answers_do_not_matter():
+    logp, old = tokens(), tokens()
+    per_token = poisoned(ADVANTAGES[:, None].expand(4, 7), MASK)
+    per_row = ADVANTAGES.clone()
+    per_row[1] = NAN  # of the empty answer
+    expected = grpo_loss(logp, old, ADVANTAGES, MASK, reduction="grpo")
+    for advantages in (per_token, per_row):
+        out = grpo_loss(logp, old, advantages, MASK, reduction="grpo")
+        close(out.loss, expected.loss)
+        close(out.clip_fraction, expected.clip_fraction)
+
+
+def test_a_token_without_advantage_is_not_clipped():
+    one = torch.ones(1, 1, dtype=torch.bool)
+    for advantage, clipped in ((0.0, 0), (1.0, 1), (-1.0, 0)):
+        out = ppo_policy_loss(torch.ones(1, 1), torch.zeros(1, 1), torch.full((1, 1), advantage), one)
+        assert out.clip_fraction == clipped
+
+
 @EVERY
 def test_no_tokens_at_all_is_zero(name):
     function, x = losses(EMPTY)[name]
@@ -230,6 +263,8 @@ def test_extreme_ratios(size):
         out = ppo_policy_loss(logp, torch.zeros(1, 7), advantages, here)
         assert out.loss.item() == pytest.approx(value, rel=1e-5)
         grad = gradients(out.loss, logp)[0]
+        if i == 0 and size > 88:
+            assert gradients(surrogate(logp, 0.0, advantages, 0.2, 0.2)[0, 0], logp)[0][0, 0].isnan()  # what is avoided
         slope = value if i in (1, 2, 6) else 0.0  # of −ρA by log ρ, where it is not clipped
         assert grad[0, i].item() == pytest.approx(slope, rel=1e-5)
         assert (grad[~here] == 0).all()

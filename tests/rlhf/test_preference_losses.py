@@ -155,6 +155,11 @@ def test_16_bit_inputs_are_cast_once(name, dtype):
             torch.testing.assert_close(grad, wanted.to(dtype))
 
 
+def test_a_margin_is_constant():
+    chosen, margin = leaf(sequences()), leaf(MARGIN)
+    assert gradients(reward_loss(chosen, sequences(), margin), chosen, margin)[1] is None
+
+
 def test_rewards_and_accuracy():
     pc, pr, rc, rr = (torch.tensor(v) for v in ([-1.0, -2, -3], [-2.0, -1, -3], [-1.5, -1, -2], [-1.5, -2, -2]))
     out = dpo_loss(leaf(pc), leaf(pr), rc, rr, 0.5)
