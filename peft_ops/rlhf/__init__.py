@@ -1,1 +1,36 @@
 """Losses of reinforcement learning from human feedback, on log-probabilities and masks, and their modules."""
+
+from .clipping import PolicyLoss as PolicyLoss
+from .clipping import clipped_surrogate as clipped_surrogate
+from .dpo import PreferenceLoss as PreferenceLoss
+from .dpo import dpo_loss as dpo_loss
+from .grpo import group_advantages as group_advantages
+from .grpo import grpo_loss as grpo_loss
+from .head_log_probs import completion_log_probs as completion_log_probs
+from .kl import kl_estimate as kl_estimate
+from .kl_control import AdaptiveKL as AdaptiveKL
+from .kl_control import FixedKL as FixedKL
+from .kto import UnpairedLoss as UnpairedLoss
+from .kto import kto_kl as kto_kl
+from .kto import kto_loss as kto_loss
+from .masked import masked_mean as masked_mean
+from .masked import masked_sum as masked_sum
+from .masked import whiten as whiten
+from .modules import ActorCriticLoss as ActorCriticLoss
+from .modules import DPOLoss as DPOLoss
+from .modules import GRPOLoss as GRPOLoss
+from .modules import KTOLoss as KTOLoss
+from .modules import ORPOLoss as ORPOLoss
+from .modules import PPOLoss as PPOLoss
+from .modules import RewardLoss as RewardLoss
+from .modules import SimPOLoss as SimPOLoss
+from .orpo import log1mexp as log1mexp
+from .orpo import orpo_loss as orpo_loss
+from .ppo import gae as gae
+from .ppo import kl_rewards as kl_rewards
+from .ppo import ppo_policy_loss as ppo_policy_loss
+from .ppo import ppo_value_loss as ppo_value_loss
+from .reference import freeze_adapter_copy as freeze_adapter_copy
+from .reference import reference_policy as reference_policy
+from .reward import reward_loss as reward_loss
+from .simpo import simpo_loss as simpo_loss
