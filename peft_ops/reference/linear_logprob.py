@@ -79,7 +79,7 @@ def linear_logprob_gradients(
     y, dlogp, (top, log_total) = _take(targets, kept), _take(dlogp, kept), _take(norm.t(), kept).t()
     make = head.x.new_zeros
     dx = make(head.x.shape) if need_dx else None
-    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dw else None
+    dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_dw else None
     dbias = make(weight.shape[0]) if need_dbias else None
     ds, db = (None, None) if head.s is None else (make(head.s.shape), make(weight.shape[0], head.s.shape[1]))
     dw_slab = None
