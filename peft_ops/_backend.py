@@ -34,5 +34,14 @@ if _FORCED and _FORCED not in _PACKAGES:
 
 def implementation(op: str, tensor: torch.Tensor) -> ModuleType:
     """The module that implements `op` for the device and dtype of `tensor`; kernels take 16- and 32-bit floats."""
+    return getattr(_PACKAGES[_package(tensor)](), op)
+
+
+def is_reference(tensor: torch.Tensor) -> bool:
+    """Whether ops run in plain PyTorch on the device and dtype of `tensor`."""
+    return _package(tensor) == REFERENCE
+
+
+def _package(tensor: torch.Tensor) -> str:
     package = _FORCED or _BY_DEVICE.get(tensor.device.type, REFERENCE)
-    return getattr(_PACKAGES[package if tensor.dtype in _KERNEL_DTYPES else REFERENCE](), op)
+    return package if tensor.dtype in _KERNEL_DTYPES else REFERENCE

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import INTERPRET
 from torch.utils.checkpoint import checkpoint
 
 from numerics import assert_as_accurate
@@ -130,7 +131,7 @@ def test_dropout_is_that_of_the_seed(p, device):
         torch.testing.assert_close(call(linear_logprob, leaves, targets, p=p), call(linear_logprob, base, targets))
 
 
-@pytest.mark.parametrize(("M", "K", "V"), [(1, 8, 2), (2, 131, 37), (67, 13, 131), (131, 5, 1031), (3, 200, 257)])
+@pytest.mark.parametrize(("M", "K", "V"), [(1, 8, 2), (2, 131, 37), (67, 13, 131), (131, 5, 307), (3, 200, 257)])
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("head", ["frozen", "all"])
 def test_tails_and_prime_sizes(M, K, V, base, head, device):
@@ -267,12 +268,12 @@ def test_a_nan_stays_in_its_token(head, device):
 
 def test_tokens_masked_out_by_the_bias(device):
     """-inf in the bias, a whole tile of it too: probability 0, no NaN."""
-    leaves, targets = problem(V=3000, device=device)
-    bias = torch.zeros(3000, device=device)
-    bias[100:2600] = -float("inf")
+    leaves, targets = problem(V=1500, device=device)
+    bias = torch.zeros(1500, device=device)
+    bias[100:1300] = -float("inf")
     leaves["bias"], targets = bias, targets % 100
     ours = gradients(linear_logprob, leaves, targets, (torch.randn(19, device=device),) * 2)
-    kept = torch.cat((torch.arange(100), torch.arange(2600, 3000))).to(device)
+    kept = torch.cat((torch.arange(100), torch.arange(1300, 1500))).to(device)
     leaves |= {"weight": leaves["weight"][kept], "bias": None}
     expected = gradients(formula, upcast(leaves), targets, (torch.randn(19, device=device),) * 2)
     torch.testing.assert_close(ours["logp"].double(), expected["logp"], rtol=1e-5, atol=1e-5)
@@ -420,10 +421,31 @@ def test_vmap_and_functional_gradients():
     f = lambda h, y: linear_logprob(h, leaves["weight"], None, y, leaves["lora_a"], leaves["lora_b"]).logp
     whole = f(leaves["hidden"], targets)
     split = torch.vmap(f)(leaves["hidden"].view(2, 3, 72), targets.view(2, 3))
-    torch.testing.assert_close(split.view(6), whole)
+    torch.testing.assert_close(split.view(6), whole, rtol=1e-4, atol=1e-4)
     hidden = leaves["hidden"].clone().requires_grad_()
     functional = torch.func.grad(lambda h: f(h, targets).square().sum())(leaves["hidden"])
-    torch.testing.assert_close(functional, torch.autograd.grad(f(hidden, targets).square().sum(), hidden)[0])
+    torch.testing.assert_close(
+        functional, torch.autograd.grad(f(hidden, targets).square().sum(), hidden)[0], rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.skipif(INTERPRET, reason="kernels are captured in tests/aot")
+@pytest.mark.parametrize("head", ["frozen", "LoRA"])
+def test_compiled_it_is_captured_whole(head):
+    """Case 28, on the reference."""
+    leaves, targets = problem(head=head)
+    expected = gradients(linear_logprob, leaves, targets, (torch.ones(19), torch.ones(19)), **CAPPED)
+    compiled = torch.compile(linear_logprob, backend="aot_eager", fullgraph=True)
+    out = compiled(
+        *(leaves[n] for n in NAMES[:3]), targets, *(leaves[n] for n in NAMES[3:]), 0.75, **CAPPED, entropy=True
+    )
+    torch.testing.assert_close(out.logp, expected["logp"])
+    inputs = [t for t in leaves.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    names = [name for name in expected if name.startswith("d")]
+    for name, g in zip(names, torch.autograd.grad(out.logp.sum() + out.entropy.sum(), inputs), strict=True):
+        assert g.norm() > 0, name
+        torch.testing.assert_close(g, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 class TestCrossEntropy:

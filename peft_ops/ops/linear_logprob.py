@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .._backend import implementation
+from .._backend import implementation, is_reference
 from ..nf4 import NF4Weight
 from ..reference import formulas
 from ._arguments import (
@@ -61,15 +61,18 @@ class _LinearLogProb(torch.autograd.Function):
         ctx.save_for_backward(*kept, slope, dense, bias, a, b, targets, seed)
         ctx.nf4, ctx.scaling, ctx.p, ctx.logits = nf4, scaling, p, logits
         ctx.set_materialize_grads(False)
-        other = logp[M:] if reference is not None else None
-        if other is not None:
-            ctx.mark_non_differentiable(other)
-        return logp[:M], None if entropy is None else entropy[:M], other
+        results = [logp[:M]] if entropy is None else [logp[:M], entropy[:M]]
+        if reference is not None:
+            results.append(logp[M:])
+            ctx.mark_non_differentiable(results[-1])
+        ctx.need_entropy = need_entropy
+        return tuple(results)  # without a None: torch.compile takes tensors alone
 
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx, dlogp, dentropy, _):
+    def backward(ctx, dlogp, *others):
+        dentropy = others[0] if ctx.need_entropy else None
         x, s, norm, entropy, slope, dense, bias, a, b, targets, seed = ctx.saved_tensors
         dx = dw = dbias = ds = da = db = None
         need_dx, need_dw, need_dbias, need_da, need_db = ctx.needs_input_grad[:5]
@@ -165,20 +168,21 @@ def linear_logprob(
         _check_reference(hidden, reference_hidden)
         reference = autocast_input(reference_hidden).detach().to(flat.dtype).reshape(-1, K)
     seed = mask_seed(seed, hidden.device) if lora_a is not None and 0.0 < p < 1.0 else None
-    if functorch_active() or (torch.compiler.is_compiling() and not flat.is_cuda):  # tiles depend on what counts
+    if functorch_active() or (torch.compiler.is_compiling() and is_reference(flat)):  # its tiles depend on targets
         logits = scale, cap, temperature, ignore_index
-        results = _formula(flat, weight, bias, lora_a, lora_b, y, float(scaling), p, seed, reference, logits)
+        logp, *others = _formula(
+            flat, weight, bias, lora_a, lora_b, y, float(scaling), p, seed, reference, logits, entropy
+        )
     else:
         dense, nf4 = (None, weight) if isinstance(weight, NF4Weight) else (weight, None)
-        results = _LinearLogProb.apply(
+        logp, *others = _LinearLogProb.apply(
             flat, dense, bias, lora_a, lora_b, y, seed, nf4, float(scaling), p, reference,
             (ignore_index, inner, outer), entropy, torch.is_grad_enabled(),
         )  # fmt: skip
-    logp, h, other = results
+    others = [t.view(targets.shape) for t in others]
     return TokenLogProbs(
-        logp.view(targets.shape), h.view(targets.shape) if entropy else None,
-        None if other is None else other.view(targets.shape),
-    )  # fmt: skip
+        logp.view(targets.shape), others[0] if entropy else None, None if reference is None else others[-1]
+    )
 
 
 def linear_cross_entropy(
@@ -250,9 +254,10 @@ def _check_reference(hidden: torch.Tensor, reference: torch.Tensor) -> None:
     check_device(hidden, "hidden", reference_hidden=reference)
 
 
-def _formula(x, weight, bias, a, b, y, scaling, p, seed, reference, logits):
+def _formula(x, weight, bias, a, b, y, scaling, p, seed, reference, logits, need_entropy):
     logp, entropy = formulas.linear_logprob(x, weight, bias, a, b, y, scaling, p, seed, *logits)
-    if reference is None:
-        return logp, entropy, None
-    other, _ = formulas.linear_logprob(reference, weight, bias, None, None, y, 1.0, 0.0, None, *logits)
-    return logp, entropy, other.detach()
+    results = [logp, entropy] if need_entropy else [logp]
+    if reference is not None:
+        other, _ = formulas.linear_logprob(reference, weight, bias, None, None, y, 1.0, 0.0, None, *logits)
+        results.append(other.detach())
+    return results

@@ -155,6 +155,20 @@ def nf4_weight(w):
 
 
 @pytest.mark.unpoisoned
+@pytest.mark.parametrize("head", ["frozen", "LoRA", "trained"])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_linear_logprob(captured, base, head):
+    names, compiled = captured
+    hidden, w, targets = torch.randn(200, 64, requires_grad=True), torch.randn(300, 64), torch.randint(300, (200,))
+    weight = nf4_weight(w) if base == "nf4" else w.requires_grad_(head == "trained")
+    a, b = (torch.randn(*shape, requires_grad=True) if head == "LoRA" else None for shape in ((4, 64), (300, 4)))
+    call = lambda hidden, targets: ops.linear_logprob(hidden, weight, None, targets, a, b, reference_hidden=hidden)
+    compiled(call)(hidden, targets).logp.sum().backward()
+    assert {"_logprob_kernel", "_logprob_gradient_kernel", "_add_product_kernel"} <= set(names)
+    assert ("_down_project_da_kernel" in names) == (head == "LoRA")
+
+
+@pytest.mark.unpoisoned
 @pytest.mark.parametrize("n", [5, 40])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_prefix_attention(captured, p, n):
