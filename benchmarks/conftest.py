@@ -13,6 +13,7 @@ from benchmarks.shapes import (
     adapter_shapes,
     attention_shapes,
     decoding_shapes,
+    head_shapes,
     linear_shapes,
     weight_shapes,
 )  # fmt: skip
@@ -27,7 +28,7 @@ def pytest_generate_tests(metafunc):
     tiny = config.getoption("--quick") or config.getoption("--benchmark-disable")
     for name, shapes in (
         ("shape", linear_shapes), ("adapter_shape", adapter_shapes), ("weight_shape", weight_shapes),
-        ("attention_shape", attention_shapes), ("decoding_shape", decoding_shapes),
+        ("attention_shape", attention_shapes), ("decoding_shape", decoding_shapes), ("head_shape", head_shapes),
     ):  # fmt: skip
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, shapes(tiny), ids=str)

@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from peft_ops.cli.measure import AllocatedBytes
+
 ON_CPU_S, ON_GPU_S, ROUNDS = 0.6, 0.12, (5, 50)
+LONG_S = 2.0  # a call that takes this long is measured three times
 
 
 class DeviceInstant:
@@ -69,8 +72,8 @@ def sample(benchmark, call: Callable, on_gpu: bool) -> None:
         benchmark.extra_info["host_s"] = host_s
         setup, budget = ColdQueue(host_s), ON_GPU_S
     once = timed(call, DeviceInstant if on_gpu else time.perf_counter)
-    rounds = max(ROUNDS[0], min(ROUNDS[1], int(budget / once)))
-    benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=2)
+    rounds = 3 if once > LONG_S else max(ROUNDS[0], min(ROUNDS[1], int(budget / once)))
+    benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=0 if once > LONG_S else 2)
 
 
 def saved_bytes(call: Callable, exclude: Iterable[torch.Tensor]) -> int:
@@ -90,7 +93,12 @@ def saved_bytes(call: Callable, exclude: Iterable[torch.Tensor]) -> int:
 
 
 def peak_bytes(call: Callable) -> int:
-    """Most device memory that a call holds at once beyond what was there before it."""
+    """Most memory that a call holds at once beyond what was there before it; on a CPU that of tensors, not the scratch
+    inside an operation."""
+    if not torch.cuda.is_available():
+        with AllocatedBytes() as allocated:
+            call()
+        return allocated.peak
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -19,6 +19,11 @@ PICTURES = {
     "prefix_attention": ("prefix_attention forward + backward", "prefix_attention decode"),
     "nf4_linear": ("nf4_linear forward", "nf4_linear forward + backward", "qlora_linear forward + backward"),
     "bottleneck_adapter": ("bottleneck_adapter forward", "bottleneck_adapter forward + backward"),
+    "linear_logprob": (
+        "linear_logprob forward",
+        "linear_logprob forward + backward",
+        "linear_cross_entropy forward + backward",
+    ),
     "dora_linear": ("dora_linear forward + backward",),
 }
 
@@ -82,7 +87,7 @@ def markdown(results: dict, pictures: list[str]) -> str:
     lines = [
         f"# {machine['device']}", "",
         f"Commit {(results['commit_info'].get('id') or 'unknown')[:12]}, {results['datetime'][:10]}. {found}.", "",
-        f"Median of {clock}, bfloat16, r = 16. In brackets: times the time of {OURS}; below 1 {OURS} loses. "
+        f"Median of {clock}, bfloat16 unless said, r = 16. In brackets: times that of {OURS}; below 1 {OURS} loses. "
         f"`{FLOOR}` is the frozen 16-bit layer, the floor. `spread` is the widest interquartile range in the row over "
         "its median.",
     ]  # fmt: skip

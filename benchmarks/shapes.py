@@ -76,6 +76,15 @@ def adapter_shapes(tiny: bool) -> list[Shape]:
     return [Shape(m, d, d) for d, m in product(widths, rows)]
 
 
+def head_shapes(tiny: bool) -> list[Shape]:
+    """Of an output head: M tokens, a vocabulary of N; Gemma's, Llama 3's and Qwen's on a GPU."""
+    if tiny:
+        return [Shape(8, 300, 32)]
+    if not ON_GPU:
+        return [Shape(4096, 131072, 256)]
+    return [Shape(8192, 151936, 4096), Shape(8192, 128256, 4096), Shape(8192, 256000, 2304), Shape(512, 151936, 4096)]
+
+
 def weight_shapes(tiny: bool) -> list[Shape]:
     """Of a weight alone: M = 0."""
     return [Shape(0, *nk) for nk in ((TINY,) if tiny else (SQUARE, *OF_MODELS) if ON_GPU else (ON_CPU,))]

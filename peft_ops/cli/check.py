@@ -119,6 +119,12 @@ def _errors(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
         yield f"dora_norm, {name}", "norm", *_against(ops.dora_norm(weight, a, b, _SCALING), plain, truth)
         scaled = inputs | {"magnitude": magnitude}
         yield from _compare(f"dora_linear, {name}, p={_P:g}", _dora_linear, weight, scaled, dy)
+    targets = torch.arange(M, device=device) * 7 % N
+    for name, weight in weights.items():
+        for adapter in ({}, {"a": inputs["a"], "b": inputs["b"]}):
+            head = {"x": inputs["x"], "bias": inputs["bias"]} | adapter
+            op = f"linear_logprob, {name}" + (", adapted" if adapter else "")
+            yield from _compare(op, partial(_linear_logprob, targets), weight, head, randn(2, M).to(dtype))
     attended = {name: randn(2, heads, M, K).to(dtype) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
     attended |= {name: randn(2, R, K).to(dtype) for name in ("pk", "pv")}
     dy = randn(2, 4, M, K).to(dtype)
@@ -148,6 +154,18 @@ def _lora_embedding(x, package, _, table, a, b):
     return package.lora_embedding(x, table, a, b, _SCALING)
 
 
+def _linear_logprob(targets, package, weight, x, bias, a=None, b=None):
+    """[2, M]: log-probabilities and entropies, of capped logits."""
+    if package is ops:
+        out = ops.linear_logprob(
+            x, weight, bias, targets, a, b, _SCALING, logit_scale=_SCALING, softcap=5.0, temperature=0.7, entropy=True
+        )
+        assert out.entropy is not None
+        return torch.stack((out.logp, out.entropy))
+    results = package.linear_logprob(x, weight, bias, a, b, targets, _SCALING, 0.0, None, _SCALING, 5.0, 0.7, -100)
+    return torch.stack(results)
+
+
 def _prefix_attention(p, package, weight, q, k, v, pk, pv):
     seed = torch.tensor(_SEED, device=q.device)
     return package.prefix_attention(q, k, v, pk, pv, q.shape[-1] ** -0.5, None, True, None, 0.0, p, seed)
@@ -167,13 +185,15 @@ def _compare(
 
     ours, plain, exact = outputs(ops, False), outputs(formulas, False), outputs(formulas, True)
     for name, truth in exact.items():
-        yield op, name, *_against(ours[name], plain[name], truth, times=2.0 if name == "y" else 3.0)
+        yield op, name, *_against(ours[name], plain[name], truth, *((2.0, dy.dtype) if name == "y" else (3.0, None)))
 
 
-def _against(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, times: float = 2.0) -> tuple[float, float]:
-    """The relative error of ours, and `times` that of plain torch in the same dtype, or the floor of the dtype."""
+def _against(
+    ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, times: float = 2.0, dtype: torch.dtype | None = None
+) -> tuple[float, float]:
+    """The relative error of ours, and `times` that of plain torch in the same dtype plus the floor of `dtype`."""
     error, same_dtype = (((t.double() - truth).norm() / truth.norm()).item() for t in (ours, plain))
-    return error, max(times * same_dtype, _FLOOR[ours.dtype])
+    return error, times * same_dtype + _FLOOR[dtype or ours.dtype]
 
 
 def _round_trip(w: torch.Tensor, weight: NF4Weight) -> tuple[float, float]:
