@@ -3,6 +3,7 @@
 from . import nf4 as nf4
 from . import nn as nn
 from . import ops as ops
+from . import rlhf as rlhf
 from .checkpoint import load_adapter as load_adapter
 from .checkpoint import save_adapter as save_adapter
 from .tuning import AdapterConfig as AdapterConfig

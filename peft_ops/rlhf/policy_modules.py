@@ -11,8 +11,8 @@ from ._arguments import check_number
 from .clipping import PolicyLoss
 from .grpo import grpo_loss
 from .head_log_probs import completion_log_probs
+from .loss_module import LossModule
 from .ppo import ppo_policy_loss, ppo_value_loss
-from .preference_modules import _Loss
 
 
 class ActorCriticLoss(NamedTuple):
@@ -23,7 +23,7 @@ class ActorCriticLoss(NamedTuple):
     value_loss: torch.Tensor
 
 
-class GRPOLoss(_Loss):
+class GRPOLoss(LossModule):
     """grpo_loss. temperature: the one that the tokens were drawn at."""
 
     def __init__(
@@ -49,7 +49,7 @@ class GRPOLoss(_Loss):
         )  # fmt: skip
 
 
-class PPOLoss(_Loss):
+class PPOLoss(LossModule):
     """ppo_policy_loss + vf_coef · ppo_value_loss. temperature: the one that the tokens were drawn at."""
 
     def __init__(

@@ -9,20 +9,14 @@ from ..nn import Head
 from .dpo import PreferenceLoss, dpo_loss
 from .head_log_probs import completion_log_probs, halves
 from .kto import UnpairedLoss, kto_kl, kto_loss
+from .loss_module import LossModule
 from .masked import masked_mean, masked_sum
 from .orpo import orpo_loss
 from .reward import reward_loss
 from .simpo import simpo_loss
 
 
-class _Loss(nn.Module):
-    """A loss whose settings are its public attributes."""
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_") and k != "training")
-
-
-class RewardLoss(_Loss):
+class RewardLoss(LossModule):
     """reward_loss of the scores at the last token of each answer."""
 
     def __init__(self, centering: float = 0.0) -> None:
@@ -49,7 +43,7 @@ class RewardLoss(_Loss):
         return PreferenceLoss(loss, chosen.detach().to(loss.dtype), rejected.detach().to(loss.dtype))
 
 
-class DPOLoss(_Loss):
+class DPOLoss(LossModule):
     """dpo_loss; 'ipo' averages over tokens."""
 
     def __init__(self, beta: float = 0.1, loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> None:
@@ -68,7 +62,7 @@ class DPOLoss(_Loss):
         return dpo_loss(*policy, *fixed, self.beta, self.loss_type, self.label_smoothing, *lengths)
 
 
-class KTOLoss(_Loss):
+class KTOLoss(LossModule):
     """kto_loss."""
 
     def __init__(self, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> None:
@@ -96,7 +90,7 @@ class KTOLoss(_Loss):
         return kto_kl(masked_sum(logp, mask), masked_sum(reference, mask))
 
 
-class ORPOLoss(_Loss):
+class ORPOLoss(LossModule):
     """orpo_loss; the likelihood is the mean over the tokens of all chosen answers."""
 
     def __init__(self, beta: float = 0.1) -> None:
@@ -110,7 +104,7 @@ class ORPOLoss(_Loss):
         return orpo_loss(*halves(masked_mean(logp, mask, -1), "hidden"), nll, self.beta)
 
 
-class SimPOLoss(_Loss):
+class SimPOLoss(LossModule):
     """simpo_loss."""
 
     def __init__(self, beta: float = 2.0, gamma: float = 0.5, label_smoothing: float = 0.0) -> None:

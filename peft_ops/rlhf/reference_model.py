@@ -1,13 +1,11 @@
 """The reference policy: the adapted model itself, with its adapters switched off."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..tuning import adapters_disabled
+from .reference import reference_policy
 
 
 class ReferenceModel(nn.Module):
@@ -38,7 +36,7 @@ class ReferenceModel(nn.Module):
         return self.policy.config
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), _in_eval_mode(self.policy), adapters_disabled(self.policy):
+        with reference_policy(self.policy):
             return self.policy(*args, **kwargs)
 
     __call__ = forward
@@ -47,14 +45,3 @@ class ReferenceModel(nn.Module):
         """The policy's while its adapters are off: it tells one reference from another."""
         with adapters_disabled(self.policy):
             return self.policy.state_dict(*args, **kwargs)
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
