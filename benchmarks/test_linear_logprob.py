@@ -10,7 +10,7 @@ from benchmarks.measure import peak_bytes, sample, saved_bytes
 from benchmarks.peers import R
 from benchmarks.shapes import DEVICE, ON_GPU
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"bfloat16": torch.bfloat16} | ({} if ON_GPU else {"float32": torch.float32})
 HEADS = ("frozen", "LoRA", "trained")
 
 
