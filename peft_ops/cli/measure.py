@@ -15,7 +15,8 @@ from .. import save_adapter
 from ..nn import LoRALinear
 from ..nn.nf4_linear import NF4Storage
 from .data import Sequences, Split
-from .training import Options, Trainer, loss_sum
+from .loss import loss_sum
+from .training import Options, Trainer
 
 
 def saved_for_backward(model: nn.Module, sequences: Sequences, dtype: torch.dtype) -> int:

@@ -8,13 +8,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .. import LayerwiseSchedule, lora_plus_groups
 from ..tuning.adaptation import adaptation_of
 from ..tuning.optimizer import trained_parameters
 from .data import IGNORED, Sequences, Split, batch
 from .errors import UserError, as_user_error
+from .loss import loss_sum
 
 _FINAL_LR = 0.1  # of the peak, where the cosine ends
 
@@ -72,14 +72,6 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     if adaptation_of(model) is not None:
         return trained_parameters(model)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def loss_sum(model: nn.Module, sequences: Sequences, dtype: torch.dtype) -> torch.Tensor:
-    """The cross entropy of every label that counts, summed, in float32."""
-    wider = next(model.parameters()).dtype.itemsize > dtype.itemsize
-    with torch.autocast(sequences.tokens.device.type, dtype if wider else torch.bfloat16, enabled=wider):
-        logits = model(input_ids=sequences.tokens, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), sequences.labels.flatten(), reduction="sum")
 
 
 def counted(sequences: Sequences) -> int:
