@@ -6,53 +6,17 @@ some columns of the vocabulary (`configs.LOGPROB_WORKSPACE`), from which dx, dW,
 float32. An NF4 head is decoded in slabs that stay in the L2 cache; blocks of rows that are all ignored are skipped.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from . import configs
-from .activations import _tanh
 from .down_project import down_project, down_project_da
 from .launch import device_guard
-from .nf4_linear import _decoded_slabs
-from .tiles import grouped_order, low_rank_tile
+from .logits import Head, logits_tile
+from .tiles import grouped_order
 
 LEAST = tl.constexpr(-3.4028234663852886e38)  # below every logit, and finite: its difference to itself is 0
-
-
-@triton.jit
-def _logits_tile(
-    x_ptr, w_ptr, bias_ptr, s_ptr, b_ptr, m, first_n, M, N, K, R,
-    stride_xm, stride_xk, stride_wn, stride_wk, stride_sm, stride_bn, stride_br,
-    scaling, inner, outer,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BIAS: tl.constexpr, LOW_RANK: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(z, tanh(inner · u) where CAP) for rows m (int64) and BLOCK_N columns from first_n; z is -inf behind column N.
-
-    u = x [M, K] w [N, K]ᵀ + bias [N] + scaling · s [M, R] b [N, R]ᵀ, fp32 accumulate; z = outer · tanh(inner · u), or
-    outer · u.
-    """
-    n = first_n + tl.arange(0, BLOCK_N).to(tl.int64)
-    if LOW_RANK:
-        acc = low_rank_tile(s_ptr, b_ptr, s_ptr, m, first_n, M, N, R, stride_sm, stride_bn, stride_br, scaling, 0,
-                            BLOCK_M, BLOCK_N, BLOCK_R, False, PRECISION)  # fmt: skip
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + m[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk,
-                    mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)  # fmt: skip
-        w = tl.load(w_ptr + n[None, :] * stride_wn + k[:, None].to(tl.int64) * stride_wk,
-                    mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)  # fmt: skip
-        acc = tl.dot(x, w.to(x.dtype), acc, input_precision=PRECISION)
-    if BIAS:
-        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    t = _tanh(acc * inner) if CAP else acc
-    return tl.where(n[None, :] < N, t * outer, float("-inf")), t
 
 
 @triton.jit
@@ -77,7 +41,7 @@ def _logprob_kernel(
     counted = tl.max((y != ignore_index).to(tl.int32), 0)
     last = tl.minimum((part + 1) * split_n, N) * counted
     for first_n in range(part * split_n, last, BLOCK_N):
-        z, _ = _logits_tile(
+        z, _ = logits_tile(
             x_ptr, w_ptr, bias_ptr, s_ptr, b_ptr, m, first_n, M, N, K, R,
             stride_xm, stride_xk, stride_wn, stride_wk, stride_sm, stride_bn, stride_br, scaling, inner, outer,
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BIAS, LOW_RANK, CAP, PRECISION,
@@ -117,7 +81,7 @@ def _logprob_gradient_kernel(
     m = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     y = tl.load(targets_ptr + m, mask=m < M, other=ignore_index)
     last = K * tl.max((y != ignore_index).to(tl.int32), 0)
-    z, t = _logits_tile(
+    z, t = logits_tile(
         x_ptr, w_ptr, bias_ptr, s_ptr, b_ptr, m, block_n * BLOCK_N, M, N, last, R,
         stride_xm, stride_xk, stride_wn, stride_wk, stride_sm, stride_bn, stride_br, scaling, inner, outer,
         BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BIAS, LOW_RANK, CAP, PRECISION,
@@ -169,7 +133,7 @@ def linear_logprob(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """See peft_ops.reference.linear_logprob. No slope is made: the sum that it takes is a row of W wide, which no
     program can hold."""
-    head, found = _Head(x, weight, bias, s, b, scaling, inner, outer), []
+    head, found = Head(x, weight, bias, s, b, scaling, inner, outer), []
     M, config, targets = x.shape[0], head.config("logprob"), targets.contiguous()
     blocks = triton.cdiv(M, config["BLOCK_M"])
     for columns, w in head.slabs(weight.shape[0]):
@@ -206,7 +170,7 @@ def linear_logprob_gradients(
     need_dx: bool, need_dw: bool, need_dbias: bool,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     """See peft_ops.reference.linear_logprob. What ignored rows hold, NaN too, is multiplied by nothing."""
-    head, ignored = _Head(x, weight, bias, s, b, scaling, inner, outer), (targets == ignore_index)[:, None]
+    head, ignored = Head(x, weight, bias, s, b, scaling, inner, outer), (targets == ignore_index)[:, None]
     M, V, wide = x.shape[0], weight.shape[0], torch.float32
     dx = x.new_zeros(x.shape, dtype=wide) if need_dx else None
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dw else None
@@ -231,7 +195,7 @@ def linear_logprob_gradients(
 
 
 def _logit_gradients(
-    head, columns, w, ignore_index, need_sums, targets, norm, entropy, dlogp, dentropy
+    head: Head, columns, w, ignore_index, need_sums, targets, norm, entropy, dlogp, dentropy
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(du [M, N] in the dtype of x for the N columns of a slab, and their sums [N] over rows where needed)."""
     (M, _), N, x = head.x.shape, w.shape[0], head.x
@@ -249,7 +213,7 @@ def _logit_gradients(
     return du, None if sums is None else sums.sum(0)
 
 
-def _add_product(head, dx: torch.Tensor, du: torch.Tensor, w: torch.Tensor) -> None:
+def _add_product(head: Head, dx: torch.Tensor, du: torch.Tensor, w: torch.Tensor) -> None:
     """dx [M, K] += du [M, N] w [N, K]; dx is float32 and contiguous, du contiguous."""
     (M, K), N, config = dx.shape, w.shape[0], head.config("add_product")
     if dx.numel():
@@ -257,66 +221,3 @@ def _add_product(head, dx: torch.Tensor, du: torch.Tensor, w: torch.Tensor) -> N
             _add_product_kernel[(triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(K, config["BLOCK_N"]),)](
                 du, w, dx, M, N, K, N, *w.stride(), K, PRECISION=configs.fp32_precision(head.arch), **config
             )
-
-
-class _Head(NamedTuple):
-    """Everything that makes logits, and how launches pass it."""
-
-    x: torch.Tensor
-    weight: Any
-    bias: torch.Tensor | None
-    s: torch.Tensor | None
-    b: torch.Tensor | None
-    scaling: float
-    inner: float | None
-    outer: float
-
-    @property
-    def arch(self) -> str:
-        return configs.arch_of(self.x.device)
-
-    @property
-    def rate(self) -> float:
-        """∂z/∂u where tanh' is 1."""
-        return self.outer if self.inner is None else self.outer * self.inner
-
-    @property
-    def scalars(self) -> tuple[float, float, float]:
-        return self.scaling, 1.0 if self.inner is None else self.inner, self.outer
-
-    @property
-    def flags(self) -> dict[str, Any]:
-        return dict(
-            BIAS=self.bias is not None, LOW_RANK=self.s is not None, CAP=self.inner is not None,
-            BLOCK_R=configs.block_r(1 if self.s is None else self.s.shape[1], self.arch, self.x.dtype),
-            PRECISION=configs.fp32_precision(self.arch),
-        )  # fmt: skip
-
-    def config(self, kernel: str) -> dict[str, int]:
-        """Its launch configuration; the product of du and W has no low-rank part."""
-        low_rank = self.s is not None and kernel != "add_product"
-        return configs.logprob(kernel, self.arch, self.x.dtype, low_rank, self.x.shape[1] % 16 == 0)
-
-    def slabs(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(columns, W[columns]), at most `most` columns of the vocabulary at a time."""
-        whole = [(slice(0, self.weight.shape[0]), self.weight)]
-        decoded = whole if isinstance(self.weight, torch.Tensor) else _decoded_slabs(self.weight, self.x.dtype)
-        for columns, w in decoded:
-            for start in range(0, w.shape[0], most):
-                part = slice(start, min(start + most, w.shape[0]))
-                yield slice(columns.start + part.start, columns.start + part.stop), w[part]
-
-    def operands(self, columns: slice, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """x, W, bias, s, b of these columns; what there is none of is not read."""
-        bias = w if self.bias is None else self.bias[columns].contiguous()
-        if self.s is None or self.b is None:
-            return self.x, w, bias, w, w
-        return self.x, w, bias, self.s, self.b[columns]
-
-    def sizes(self, w: torch.Tensor) -> tuple[int, ...]:
-        """M, N, K, R."""
-        return self.x.shape[0], w.shape[0], self.x.shape[1], 1 if self.s is None else self.s.shape[1]
-
-    def strides(self, w: torch.Tensor) -> tuple[int, ...]:
-        low_rank = (1, 1, 1) if self.s is None or self.b is None else (self.s.stride(0), *self.b.stride())
-        return *self.x.stride(), *w.stride(), *low_rank

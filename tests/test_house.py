@@ -83,6 +83,7 @@ SHARED = {
     "__init__.py",
     "configs.py",
     "launch.py",
+    "logits.py",
     "nf4_tables.py",
     "tiles.py",
 }  # no op asks for these

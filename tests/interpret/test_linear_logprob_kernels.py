@@ -105,7 +105,7 @@ def test_nothing_is_written_outside(kernel, monkeypatch):
     """Case 10: canaries around what the kernels write."""
     x, weight, *_ = problem(M=19, K=24, V=45)
     targets = torch.randint(45, (19,))
-    head = linear_logprob._Head(x, weight, None, None, None, 1.0, None, 1.0)
+    head = linear_logprob.Head(x, weight, None, None, None, 1.0, None, 1.0)
     frame = torch.full((25, 60), 7.0)
     if kernel == "logprob_gradient":
         make = torch.Tensor.new_empty
