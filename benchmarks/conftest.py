@@ -14,6 +14,7 @@ from benchmarks.shapes import (
     attention_shapes,
     decoding_shapes,
     head_shapes,
+    large_head_shapes,
     linear_shapes,
     weight_shapes,
 )  # fmt: skip
@@ -29,6 +30,7 @@ def pytest_generate_tests(metafunc):
     for name, shapes in (
         ("shape", linear_shapes), ("adapter_shape", adapter_shapes), ("weight_shape", weight_shapes),
         ("attention_shape", attention_shapes), ("decoding_shape", decoding_shapes), ("head_shape", head_shapes),
+        ("large_head_shape", large_head_shapes),
     ):  # fmt: skip
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, shapes(tiny), ids=str)

@@ -8,7 +8,7 @@ import torch
 from peft_ops.cli.measure import AllocatedBytes
 
 ON_CPU_S, ON_GPU_S, ROUNDS = 0.6, 0.12, (5, 50)
-LONG_S = 2.0  # a call that takes this long is measured three times
+LONG_S = 2.0  # a call that takes this long is measured three times, the first of which warms up
 
 
 class DeviceInstant:

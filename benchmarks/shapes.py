@@ -77,12 +77,17 @@ def adapter_shapes(tiny: bool) -> list[Shape]:
 
 
 def head_shapes(tiny: bool) -> list[Shape]:
-    """Of an output head: M tokens, a vocabulary of N; Gemma's, Llama 3's and Qwen's on a GPU."""
+    """Of an output head: M tokens, a vocabulary of N; Qwen's, Llama 3's and Gemma's on a GPU."""
     if tiny:
         return [Shape(8, 300, 32)]
     if not ON_GPU:
-        return [Shape(4096, 131072, 256)]
+        return [Shape(1024, 32768, 512)]
     return [Shape(8192, 151936, 4096), Shape(8192, 128256, 4096), Shape(8192, 256000, 2304), Shape(512, 151936, 4096)]
+
+
+def large_head_shapes(tiny: bool) -> list[Shape]:
+    """Logits of gigabytes, on a CPU; a GPU's shapes are as large."""
+    return [] if ON_GPU else [Shape(8, 300, 32) if tiny else Shape(4096, 131072, 256)]
 
 
 def weight_shapes(tiny: bool) -> list[Shape]:

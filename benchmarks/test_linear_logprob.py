@@ -62,6 +62,12 @@ def test_forward_backward(benchmark, note, head_shape, contender, head, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("contender", LOGPROB)
+def test_large(benchmark, note, large_head_shape, contender, dtype):
+    test_forward_backward(benchmark, note, large_head_shape, contender, "frozen", dtype)
+
+
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 @pytest.mark.parametrize("contender", CROSS_ENTROPY)
 def test_cross_entropy(benchmark, note, head_shape, contender, head):
