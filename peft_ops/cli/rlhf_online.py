@@ -1,0 +1,135 @@
+"""The stages that learn from their own samples: PPO on the reward model, GRPO on the reward that can be checked."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..nn.head import head_of
+from ..rlhf import PPOLoss, gae, group_advantages, grpo_loss, kl_rewards, masked_sum, reference_policy, whiten
+from ..rlhf.rollout import Completions, completion_hidden, pad, sample
+from .rlhf_data import Pair
+from .rlhf_preference import ScalarHead, encode_prompts, scores
+from .rlhf_trainer import Metrics, Shared, Stage, active
+from .rlhf_verify import verified_share
+
+_MEASURED = 128  # held-out prompts
+_EPOCHS, _MINIBATCHES = 2, 2
+
+
+class Scored(NamedTuple):
+    """logp, reference: [B, C] of the policy and of the sft adapter; hidden: [B, C, K] of the policy."""
+
+    logp: torch.Tensor
+    reference: torch.Tensor
+    hidden: torch.Tensor
+
+
+def roll_out(shared: Shared, pairs: Sequence[Pair], max_new_tokens: int, generator: torch.Generator) -> Completions:
+    """A sample of the active adapter for the prompt of every pair."""
+    prompts = pad(encode_prompts(shared, pairs), [[]] * len(pairs)).to(shared.device)
+    return sample(shared.model, prompts.prompts, prompts.prompt_mask, max_new_tokens, shared.end, generator=generator)
+
+
+def score_policy(shared: Shared, batch: Completions) -> Scored:
+    """Log-probs of samples under the active adapter and, in the same pass of the head, under the reference."""
+    with reference_policy(shared.model, "sft"):
+        reference_hidden = completion_hidden(shared.model, batch)
+    hidden = completion_hidden(shared.model, batch)
+    found = head_of(shared.model).log_probs(hidden, batch.targets, reference_hidden=reference_hidden)
+    assert found.reference is not None
+    return Scored(found.logp, found.reference, hidden)
+
+
+def divergence(found: Scored, batch: Completions) -> float:
+    """KL to the reference, nats per completion: the mean log-ratio of what the policy drew."""
+    return masked_sum(found.logp.detach() - found.reference, batch.mask).mean().item()
+
+
+def verified(shared: Shared, pairs: Sequence[Pair], batch: Completions) -> torch.Tensor:
+    """[B]: the reward that can be checked."""
+    texts = [shared.tokenizer.decode([t for t in row if t != shared.end]) for row in batch.lists()]
+    rewards = [verified_share(pair.prompt, text) for pair, text in zip(pairs, texts, strict=True)]
+    return torch.tensor(rewards, device=shared.device)
+
+
+class Online(Stage):
+    """A stage that is measured by samples for held-out prompts, drawn with the same seed each time."""
+
+    def evaluate(self) -> Metrics:
+        pairs = self.shared.pairs.held_out[:_MEASURED]
+        batch = roll_out(self.shared, pairs, self.plan.max_new_tokens, self.generator(-1))
+        with torch.no_grad():
+            found = score_policy(self.shared, batch)
+        length = batch.mask.sum(dim=1).float().mean().item()
+        return self.rewards(pairs, batch) | {"kl": divergence(found, batch), "length": length}
+
+    def rewards(self, pairs: Sequence[Pair], batch: Completions) -> Metrics:
+        raise NotImplementedError
+
+
+class PPO(Online):
+    """Proximal policy optimisation: reward model minus KL to the sft adapter, GAE, clipped policy and value.
+
+    The value is a linear head on the policy's hidden states, which it does not train: they are detached.
+    """
+
+    name, needs, number = "ppo", ("sft", "reward"), 3
+
+    def own_heads(self) -> dict[str, nn.Module]:
+        self.value = ScalarHead(self.shared)
+        return {"value": self.value}
+
+    def rewards(self, pairs: Sequence[Pair], batch: Completions) -> Metrics:
+        reward = self.model_scores(batch).mean().item()
+        return {"reward": reward, "verified": verified(self.shared, pairs, batch).mean().item()}
+
+    @torch.no_grad()
+    def model_scores(self, batch: Completions) -> torch.Tensor:
+        """[B]: of the reward model."""
+        with active(self.shared.model, "reward"):
+            return scores(self.shared, self.shared.heads["score"], batch)
+
+    def step(self, number: int) -> Metrics:
+        pairs = self.batch(number)
+        batch = roll_out(self.shared, pairs, self.plan.max_new_tokens, self.generator(number))
+        reward = self.model_scores(batch)
+        with torch.no_grad():
+            old = score_policy(self.shared, batch)
+            values = self.value(old.hidden)[..., 0]
+            per_token = kl_rewards(reward, old.logp, old.reference, batch.mask, self.plan.kl_coef)
+            advantages, returns = gae(per_token, values, batch.mask)
+            advantages = whiten(advantages, batch.mask)
+        generator, clipped, ppo_loss = self.generator(number), [], PPOLoss()
+        for _ in range(_EPOCHS):
+            for rows in torch.randperm(len(batch), generator=generator).to(reward.device).chunk(_MINIBATCHES):
+                part = batch[rows]
+                hidden = completion_hidden(self.shared.model, part)
+                found = ppo_loss(
+                    head_of(self.shared.model), hidden, part.targets, self.value(hidden.detach())[..., 0],
+                    old.logp[rows], values[rows], advantages[rows], returns[rows],
+                )  # fmt: skip
+                self.update(found.loss)
+                clipped.append(found.policy.clip_fraction.item())
+        return {"reward": reward.mean().item(), "kl": divergence(old, batch), "clipped": fmean(clipped)}
+
+
+class GRPO(Online):
+    """Group-relative policy optimisation of the reward that can be checked; one update per batch of groups."""
+
+    name, number = "grpo", 4
+
+    def rewards(self, pairs: Sequence[Pair], batch: Completions) -> Metrics:
+        return {"reward": verified(self.shared, pairs, batch).mean().item()}
+
+    def step(self, number: int) -> Metrics:
+        pairs = [pair for pair in self.batch(number) for _ in range(self.plan.group_size)]
+        batch = roll_out(self.shared, pairs, self.plan.max_new_tokens, self.generator(number))
+        reward = verified(self.shared, pairs, batch)
+        advantages = group_advantages(reward, self.plan.group_size)
+        found = score_policy(self.shared, batch)
+        beta = self.plan.kl_coef
+        self.update(grpo_loss(found.logp, None, advantages, batch.mask, found.reference, beta).loss)
+        return {"reward": reward.mean().item(), "kl": divergence(found, batch)}
