@@ -43,23 +43,24 @@ class Pairs:
 def python_pairs(documents: Sequence[Document], train: int, held_out: int, seed: int) -> Pairs:
     """At most so many pairs out of Python files, split by file; a pure function of its arguments.
 
-    Raises UserError: too little in the documents for one pair on each side.
+    Raises UserError: pairs in fewer than two of the documents.
     """
     random = Random(seed)
-    order = list(range(len(documents)))
-    random.shuffle(order)
-    cut = max(1, len(order) // _EVERY)
-    sides = []
-    for files, most in ((order[cut:], train), (order[:cut], held_out)):
-        pairs: list[Pair] = []
-        for lines in (documents[i].completion.splitlines(keepends=True) for i in sorted(files)):
-            starts = [start for start in range(len(lines)) for _ in range(_PIECES)]
-            pairs += [pair for start in starts if (pair := _pair_at(lines, start, random))]
-        random.shuffle(pairs)
-        sides.append(pairs[:most])
-    if not all(sides):
+    files = [found for document in documents if (found := _pairs_in(document, random))]
+    if len(files) < 2:
         raise UserError("the source of the standard library is too short for pairs: give --data FILE")
-    return Pairs(*sides)
+    random.shuffle(files)
+    cut = max(1, len(files) // _EVERY)
+    sides = [[pair for found in side for pair in found] for side in (files[cut:], files[:cut])]
+    for side in sides:
+        random.shuffle(side)
+    return Pairs(sides[0][:train], sides[1][:held_out])
+
+
+def _pairs_in(document: Document, random: Random) -> list[Pair]:
+    lines = document.completion.splitlines(keepends=True)
+    starts = (start for start in range(len(lines)) for _ in range(_PIECES))
+    return [pair for start in starts if (pair := _pair_at(lines, start, random))]
 
 
 def read_pairs(files: Iterable[Path], longest: int, tokenizer: Tokenizer, seed: int) -> Pairs:

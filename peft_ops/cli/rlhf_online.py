@@ -16,6 +16,7 @@ from .rlhf_trainer import Metrics, Shared, Stage, active
 from .rlhf_verify import verified_share
 
 _MEASURED = 128  # held-out prompts
+_MISSING_END = 1.0  # what is taken off the score of a sample that does not end; the reward model saw none
 _EPOCHS, _MINIBATCHES = 2, 2
 
 
@@ -88,9 +89,11 @@ class PPO(Online):
 
     @torch.no_grad()
     def model_scores(self, batch: Completions) -> torch.Tensor:
-        """[B]: of the reward model."""
+        """[B]: of the reward model, less for a sample without its end."""
         with active(self.shared.model, "reward"):
-            return scores(self.shared, self.shared.heads["score"], batch)
+            found = scores(self.shared, self.shared.heads["score"], batch)
+        ended = ((batch.completions == self.shared.end) & batch.mask).any(dim=1)
+        return found - _MISSING_END * (~ended).float()
 
     def step(self, number: int) -> Metrics:
         pairs = self.batch(number)

@@ -74,7 +74,11 @@ class SFT(Stage):
 
 
 class Reward(Stage):
-    """An adapter and a scalar head on the hidden state of a completion's last token, by Bradley and Terry."""
+    """An adapter and a scalar head, by Bradley and Terry.
+
+    The head is on the mean of a completion's hidden states rather than on the last one: the embedded model has three
+    layers, too few to gather at one token what is wrong with the others, and does not learn the pairs from it.
+    """
 
     name, number = "reward", 1
 
@@ -106,14 +110,7 @@ class Reward(Stage):
 
 
 def scores(shared: Shared, head: nn.Module, batch: Completions) -> torch.Tensor:
-    """[B]: the mean over a completion's tokens of what the head says after each."""
-    import os
-
-    if os.environ.get("RM") == "prod":
-        hidden = completion_hidden(shared.model, batch)
-        e = shared.model.get_output_embeddings().weight[batch.completions]
-        f = hidden.float() * e.float()
-        return masked_mean(head(f)[..., 0], batch.mask, dim=1) * 4
+    """[B]: the mean over a completion's tokens of what the head says after each of them."""
     hidden = sequence_hidden(shared.model, batch)[:, batch.prompts.shape[1] :]
     return masked_mean(head(hidden)[..., 0], batch.mask, dim=1)
 
