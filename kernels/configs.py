@@ -59,6 +59,21 @@ LAUNCH = {
         "fp32": dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
         "gfx": dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2),
     },
+    "logprob": {
+        "default": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+        "fp32": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2),
+        "gfx": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=2),
+    },
+    "logprob_gradient": {
+        "default": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
+        "fp32": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=2),
+        "gfx": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=2),
+    },
+    "add_product": {
+        "default": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
+        "fp32": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=2),
+        "gfx": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=2),
+    },
     "bottleneck_gradient": {"default": dict(BLOCK=1024, num_warps=4)},
 }
 PROGRAMS = 256  # how many programs a split reduction aims at: fixed, so that results do not depend on the GPU
@@ -216,6 +231,23 @@ def prefix_attention(kernel: str, arch: str, dtype: torch.dtype, rows: int, n: i
         config = config | table.get("few", {})
     within = {"BLOCK_M": rows, "BLOCK_N": n, "BLOCK_C": head_dim}
     return config | {block: min(config[block], covering(size)) for block, size in within.items()}
+
+
+LOGPROB_WORKSPACE = 64 << 20  # bytes of logit gradients at a time
+
+
+def logprob_columns(rows: int, itemsize: int) -> int:
+    """How many columns of the vocabulary a workspace holds the gradients of: a multiple of 256."""
+    return max(1, LOGPROB_WORKSPACE // max(1, rows * itemsize * 256)) * 256
+
+
+def logprob(kernel: str, arch: str, dtype: torch.dtype, low_rank: bool, aligned: bool) -> dict[str, int]:
+    """Launch configuration of a kernel of linear_logprob. A low-rank product, and rows that do not start at multiples
+    of 16 elements (K is none), take registers."""
+    config = launch(kernel, arch, dtype)
+    if arch.startswith("gfx") or (aligned and not low_rank):
+        return config
+    return {**config, "BLOCK_N": config["BLOCK_N"] // 2, **({} if aligned else dict(BLOCK_M=64, BLOCK_K=32))}
 
 
 def covering(size: int) -> int:

@@ -1,11 +1,12 @@
-"""The Python of every page about a method runs as it stands, top to bottom."""
+"""The Python of every page about a method, and of the one about RLHF, runs as it stands, top to bottom."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-PAGES = sorted((Path(__file__).parents[1] / "docs" / "methods").glob("*.md"))
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [*sorted((DOCS / "methods").glob("*.md")), DOCS / "rlhf.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -4,6 +4,7 @@ from .bottleneck_adapter import bottleneck_adapter as bottleneck_adapter
 from .dora_linear import dora_linear as dora_linear
 from .dora_linear import dora_norm as dora_norm
 from .linear_logprob import TokenLogProbs as TokenLogProbs
+from .linear_logprob import linear_cross_entropy as linear_cross_entropy
 from .linear_logprob import linear_logprob as linear_logprob
 from .lora_embedding import lora_embedding as lora_embedding
 from .lora_linear import lora_linear as lora_linear

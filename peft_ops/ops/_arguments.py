@@ -10,24 +10,27 @@ from ..nf4 import NF4Weight
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def check_linear(x: torch.Tensor, weight: torch.Tensor | NF4Weight, bias: torch.Tensor | None) -> None:
-    """x [..., K], weight [N, K] (dense or NF4), bias [N] or None, on one device, floating point.
+def check_linear(
+    x: torch.Tensor, weight: torch.Tensor | NF4Weight, bias: torch.Tensor | None, x_name: str = "x"
+) -> None:
+    """x [..., K], weight [N, K] (dense or NF4), bias [N] or None, on one device, floating point; messages call x by
+    x_name.
 
     Raises:
         TypeError: not tensors, a DTensor, an integer or complex x, a dense weight of another dtype than x.
         ValueError: shapes that do not fit, tensors on different devices.
     """
     if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
-        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        raise TypeError(f"{x_name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     check_weight(weight)
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"x must be [..., {k}] to fit weight {(n, k)}, got {tuple(x.shape)}")
+        raise ValueError(f"{x_name} must be [..., {k}] to fit weight {(n, k)}, got {tuple(x.shape)}")
     if isinstance(weight, torch.Tensor) and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (outside autocast)")
+        raise TypeError(f"{x_name} must have the dtype of weight, {weight.dtype}, got {x.dtype} (outside autocast)")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias must be [{n}] to fit weight {(n, k)}, got {tuple(bias.shape)}")
-    check_device(x, weight=stored(weight), bias=bias)
+    check_device(x, x_name, weight=stored(weight), bias=bias)
 
 
 def check_weight(weight: torch.Tensor | NF4Weight) -> None:
@@ -130,6 +133,13 @@ def check_probability(name: str, p: float) -> float:
     return float(p)
 
 
+def check_positive(name: str, value: float) -> float:
+    """value as a float above 0 and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)
+
+
 def mask_seed(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """int64 []: on the device and drawn by its generator, so that checkpointing replays it and CUDA graphs renew it."""
     if seed is None:
@@ -150,11 +160,12 @@ def without_autocast(method: Callable) -> Callable:
     """For a Function's forward or backward: its own matmuls keep the dtypes that it chose."""
 
     @functools.wraps(method)
-    def wrapped(ctx, x, *args):
-        if not torch.is_autocast_enabled(x.device.type):
-            return method(ctx, x, *args)
-        with torch.autocast(x.device.type, enabled=False):
-            return method(ctx, x, *args)
+    def wrapped(ctx, *args):
+        device = next(t for t in args if t is not None).device.type
+        if not torch.is_autocast_enabled(device):
+            return method(ctx, *args)
+        with torch.autocast(device, enabled=False):
+            return method(ctx, *args)
 
     return wrapped
 

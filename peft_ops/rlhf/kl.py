@@ -16,7 +16,7 @@ def kl_estimate(
     """Of each token, with d = reference_logp − logp: k1 = −d, k2 = d²/2, k3 = e^d − d − 1.
 
     k1 is unbiased; k2 is not, but its gradient is; k3 is unbiased and never negative. Where |d| is small k3 is summed
-    as its series: e^d − d − 1 in float32 is noise, of either sign, as soon as |d| < 1e-3. It overflows to Inf where the
+    as its series: e^d − d − 1 in float32 is noise, of either sign, as soon as |d| < 3e-4. It overflows to Inf where the
     reference gives a token e^88 times the policy's probability (float32); nothing is clamped.
 
     Args:

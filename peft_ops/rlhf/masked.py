@@ -32,8 +32,8 @@ def masked_sum(values: torch.Tensor, mask: torch.Tensor, dim: int | None = -1) -
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     """The mean of values where mask, as masked_sum; 0 over nothing. Over dim=-1 of log-probs, the average log-prob."""
-    count = mask.sum() if dim is None else mask.sum(dim)
-    return masked_sum(values, mask, dim) / count.clamp(min=1)
+    total = masked_sum(values, mask, dim)
+    return total / (mask.sum() if dim is None else mask.sum(dim)).clamp(min=1)
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
@@ -46,7 +46,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
     Source: Ziegler et al., "Fine-Tuning Language Models from Human Preferences", 2019 (code); the variance is that of
     OpenRLHF, which does not divide by n − 1.
     """
-    values = _checked(values, mask)
+    values = masked(_checked(values, mask), mask)
     mean = masked_mean(values, mask)
     centred = values - mean
     white = centred * masked_mean(masked(centred, mask).square(), mask).clamp(min=1e-8).rsqrt()

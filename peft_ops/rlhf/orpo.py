@@ -38,8 +38,8 @@ def orpo_loss(
         beta: λ of the paper; 0 leaves the likelihood alone.
 
     In 1 − p a mean log-prob above −eps (of float32: p within rounding of 1) counts as −eps, so that an answer the
-    policy is sure of, or an empty one (mean log-prob 0), gives no Inf and no gradient there. A pair with an empty answer
-    counts in the mean; the empty one has no gradient.
+    policy is sure of, or an empty one (mean log-prob 0), gives no Inf and no gradient there. A pair with an empty
+    answer counts in the mean; the empty one has no gradient.
 
     Returns: loss [], rewards β · mean_logp [B], float32 (float64 for float64).
 
