@@ -4,13 +4,13 @@ import re
 from collections.abc import Callable
 from random import Random
 
-_BYTES_PER_EDIT = 6
+_BYTES_PER_EDIT = 4
 _TRIES = 20
 _BRACKETS = {"(": "[", "[": "(", ")": "]", "]": ")", "{": "(", "}": ")"}
 
 
 def corrupt(text: str, random: Random) -> str:
-    """The text with an edit for every 6 bytes, at least two; never the text itself unless nothing in it can be edited.
+    """The text with an edit for every 4 bytes, at least two; never the text itself unless nothing in it can be edited.
 
     Edits keep the bytes there are, but for brackets of another kind and indentation one or two spaces off, so that
     neither the length nor the characters give it away.
