@@ -87,3 +87,14 @@ def test_what_cannot_be_sampled_is_refused(model, temperature, most):
     batch = pad(PROMPTS, COMPLETIONS)
     with pytest.raises(ValueError, match="temperature must be"):
         sample(model, batch.prompts, batch.prompt_mask, most, END, temperature)
+
+
+def test_a_completion_does_not_end_before_its_least_length(model):
+    batch = pad([PROMPTS[1]] * 64, [[]] * 64)
+    found = sample(
+        model, batch.prompts, batch.prompt_mask, 60, END, generator=torch.Generator().manual_seed(0), min_new_tokens=9
+    )
+    lengths = [len(completion) for completion in found.lists()]
+    assert min(lengths) >= 10  # the end token comes after them
+    assert min(lengths) < 60
+    assert all(END not in completion[:9] for completion in found.lists())

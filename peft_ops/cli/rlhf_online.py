@@ -13,7 +13,7 @@ from ..rlhf.rollout import Completions, completion_hidden, pad, sample
 from .rlhf_data import Pair
 from .rlhf_preference import ScalarHead, encode_prompts, scores
 from .rlhf_trainer import Metrics, Shared, Stage, active
-from .rlhf_verify import verified_share
+from .rlhf_verify import LENGTH_FLOOR, verified_share
 
 _MEASURED = 128  # held-out prompts
 _MISSING_END = 1.0  # what is taken off the score of a sample that does not end; the reward model saw none
@@ -28,10 +28,14 @@ class Scored(NamedTuple):
     hidden: torch.Tensor
 
 
-def roll_out(shared: Shared, pairs: Sequence[Pair], max_new_tokens: int, generator: torch.Generator) -> Completions:
-    """A sample of the active adapter for the prompt of every pair."""
+def roll_out(stage: Stage, pairs: Sequence[Pair], generator: torch.Generator, least: int = 0) -> Completions:
+    """A sample of the active adapter for the prompt of every pair, of at least so many tokens."""
+    shared = stage.shared
     prompts = pad(encode_prompts(shared, pairs), [[]] * len(pairs)).to(shared.device)
-    return sample(shared.model, prompts.prompts, prompts.prompt_mask, max_new_tokens, shared.end, generator=generator)
+    return sample(
+        shared.model, prompts.prompts, prompts.prompt_mask, stage.plan.max_new_tokens, shared.end,
+        generator=generator, min_new_tokens=least,
+    )  # fmt: skip
 
 
 def score_policy(shared: Shared, batch: Completions) -> Scored:
@@ -57,11 +61,16 @@ def verified(shared: Shared, pairs: Sequence[Pair], batch: Completions) -> torch
 
 
 class Online(Stage):
-    """A stage that is measured by samples for held-out prompts, drawn with the same seed each time."""
+    """A stage that is measured by samples for held-out prompts, drawn with the same seed each time.
+
+    least: tokens of a sample before it may end.
+    """
+
+    least = 0
 
     def evaluate(self) -> Metrics:
         pairs = self.shared.pairs.held_out[:_MEASURED]
-        batch = roll_out(self.shared, pairs, self.plan.max_new_tokens, self.generator(-1))
+        batch = roll_out(self, pairs, self.generator(-1), self.least)
         with torch.no_grad():
             found = score_policy(self.shared, batch)
         length = batch.mask.sum(dim=1).float().mean().item()
@@ -78,6 +87,7 @@ class PPO(Online):
     """
 
     name, needs, number = "ppo", ("sft", "reward"), 3
+    least = LENGTH_FLOOR  # the pairs have nothing shorter: a sample that ends at once is nothing the reward model knows
 
     def own_heads(self) -> dict[str, nn.Module]:
         self.value = ScalarHead(self.shared)
@@ -97,7 +107,7 @@ class PPO(Online):
 
     def step(self, number: int) -> Metrics:
         pairs = self.batch(number)
-        batch = roll_out(self.shared, pairs, self.plan.max_new_tokens, self.generator(number))
+        batch = roll_out(self, pairs, self.generator(number), self.least)
         reward = self.model_scores(batch)
         with torch.no_grad():
             old = score_policy(self.shared, batch)
@@ -129,7 +139,7 @@ class GRPO(Online):
 
     def step(self, number: int) -> Metrics:
         pairs = [pair for pair in self.batch(number) for _ in range(self.plan.group_size)]
-        batch = roll_out(self.shared, pairs, self.plan.max_new_tokens, self.generator(number))
+        batch = roll_out(self, pairs, self.generator(number), self.least)
         reward = verified(self.shared, pairs, batch)
         advantages = group_advantages(reward, self.plan.group_size)
         found = score_policy(self.shared, batch)

@@ -27,9 +27,9 @@ class Plan:
 PLANS = {
     "sft": Plan(steps=160, batch_size=16, lr=7e-3),
     "reward": Plan(steps=120, batch_size=16, lr=3e-3),
-    "dpo": Plan(steps=90, batch_size=16, lr=3e-3),
+    "dpo": Plan(steps=80, batch_size=16, lr=3e-3),
     "ppo": Plan(steps=40, batch_size=32, lr=1e-3, kl_coef=0.1),
-    "grpo": Plan(steps=50, batch_size=8, lr=3e-3, max_new_tokens=32),
+    "grpo": Plan(steps=30, batch_size=16, lr=1.5e-3, kl_coef=0.1, max_new_tokens=32),
 }
 _COMMON = ("steps", "batch_size", "lr")
 OPTIONS = {

@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 from ..nn.head import head_of
-from ..rlhf import DPOLoss, PreferenceLoss, masked_sum, reference_policy, reward_loss
+from ..rlhf import DPOLoss, PreferenceLoss, masked_mean, masked_sum, reference_policy, reward_loss
 from ..rlhf.rollout import IGNORED, Completions, completion_hidden, pad, sequence_hidden
 from .files import write_file
 from .rlhf_data import Pair
 from .rlhf_trainer import Metrics, Shared, Stage
-from .rlhf_verify import LENGTH_FLOOR
 
 _AT_ONCE = 32  # pairs, where nothing is learnt
 _CENTERING = 0.01
@@ -111,12 +110,9 @@ class Reward(Stage):
 
 
 def scores(shared: Shared, head: nn.Module, batch: Completions) -> torch.Tensor:
-    """[B]: what the head says after each token of a completion, summed, over their number or LENGTH_FLOOR.
-
-    The pairs have no short completions: without the floor PPO finds that the end token alone has a high mean.
-    """
+    """[B]: the mean over a completion's tokens of what the head says after each of them."""
     hidden = sequence_hidden(shared.model, batch)[:, batch.prompts.shape[1] :]
-    return masked_sum(head(hidden)[..., 0], batch.mask) / batch.mask.sum(dim=1).clamp(min=LENGTH_FLOOR)
+    return masked_mean(head(hidden)[..., 0], batch.mask, dim=1)
 
 
 class DPO(Stage):

@@ -97,11 +97,12 @@ def sequence_hidden(model: Any, batch: Completions) -> torch.Tensor:
 @torch.no_grad()
 def sample(
     model: Any, prompts: torch.Tensor, prompt_mask: torch.Tensor, max_new_tokens: int, end: int,
-    temperature: float = 1.0, generator: torch.Generator | None = None,
+    temperature: float = 1.0, generator: torch.Generator | None = None, min_new_tokens: int = 0,
 ) -> Completions:  # fmt: skip
     """Sample a completion of every prompt with a KV cache, until `end` or max_new_tokens.
 
     prompts: int64 [B, P], padded on the left; prompt_mask: bool [B, P]. temperature 0 takes the likeliest token.
+    min_new_tokens: so many come before `end`, which is not drawn earlier.
     generator: on the CPU, where the draws are made, so that they do not depend on the device's generator.
 
     Raises:
@@ -113,13 +114,16 @@ def sample(
     position = position_ids(mask)
     open_rows = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
     drawn, kept = [], []
-    for _ in range(max_new_tokens):
+    for number in range(max_new_tokens):
         output = model(
             input_ids=tokens, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
         cache = output.past_key_values
-        token = torch.where(open_rows, _draw(output.logits[:, -1], temperature, generator), end)
+        logits = output.logits[:, -1]
+        if number < min_new_tokens:
+            logits[:, end] = -torch.inf
+        token = torch.where(open_rows, _draw(logits, temperature, generator), end)
         drawn.append(token)
         kept.append(open_rows)
         open_rows = open_rows & (token != end)
