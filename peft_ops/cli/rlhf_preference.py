@@ -110,9 +110,12 @@ class Reward(Stage):
 
 
 def scores(shared: Shared, head: nn.Module, batch: Completions) -> torch.Tensor:
-    """[B]: the mean over a completion's tokens of what the head says after each of them."""
+    """[B]: the mean over a completion's tokens, but the end token, of what the head says after each of them.
+
+    With the end token PPO would learn to end as early as it may, where that one weighs most.
+    """
     hidden = sequence_hidden(shared.model, batch)[:, batch.prompts.shape[1] :]
-    return masked_mean(head(hidden)[..., 0], batch.mask, dim=1)
+    return masked_mean(head(hidden)[..., 0], batch.mask & (batch.completions != shared.end), dim=1)
 
 
 class DPO(Stage):
