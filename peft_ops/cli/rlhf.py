@@ -1,7 +1,6 @@
 """`peft-ops rlhf`: supervised fine-tuning, reward model, DPO, PPO and GRPO, as adapters over one frozen base."""
 
 from argparse import Namespace
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from . import embedded
 from .device import pick_device, pick_dtype
 from .display import make_console, progress
 from .files import write_json
+from .finetune import embedded_folder
 from .methods import METHODS, Settings, flag
 from .models import load_model
 from .report import environment
@@ -22,7 +22,8 @@ from .rlhf_online import GRPO, PPO
 from .rlhf_plan import NEEDS, Plan, asked, order, plans, taken
 from .rlhf_preference import DPO, SFT, Reward
 from .rlhf_report import lines, markdown, table
-from .rlhf_trainer import Shared, Stage, StageTrainer
+from .rlhf_stage import Shared, Stage
+from .rlhf_trainer import StageTrainer
 from .run_folder import RunFolder
 from .training import Options
 
@@ -35,7 +36,7 @@ def run(args: Namespace) -> int:
     console = make_console()
     device, dtype = pick_device(args.device), pick_dtype(args.dtype, args.device)
     planned, wanted = plans(args), asked(args.stage)
-    folder = _base(args, console, device, dtype)
+    folder = embedded_folder(args, console, device, dtype)
     shared = prepare(args, folder, device, dtype)
     facts = identity(args, folder, dtype, shared)
     console.print(
@@ -59,14 +60,6 @@ def run(args: Namespace) -> int:
         write_result(args.out / name, name, plan, fingerprints[name], parents, trainer.history)
     report(args, console, environment(device, dtype))
     return 0
-
-
-def _base(args: Namespace, console: Any, device: torch.device, dtype: torch.dtype) -> Path:
-    with ExitStack() as shown:
-        return embedded.base_model(
-            args.recipe, device, dtype,
-            lambda options: shown.enter_context(progress(console, "pre-training", options.steps)),
-        )[0]  # fmt: skip
 
 
 def prepare(args: Namespace, folder: Path, device: torch.device, dtype: torch.dtype) -> Shared:

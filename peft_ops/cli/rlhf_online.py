@@ -12,7 +12,7 @@ from ..rlhf import PPOLoss, gae, group_advantages, grpo_loss, kl_rewards, masked
 from ..rlhf.rollout import Completions, completion_hidden, pad, sample
 from .rlhf_data import Pair
 from .rlhf_preference import ScalarHead, encode_prompts, scores
-from .rlhf_trainer import Metrics, Shared, Stage, active
+from .rlhf_stage import Metrics, Shared, Stage, active
 from .rlhf_verify import LENGTH_FLOOR, verified_share
 
 _MEASURED = 128  # held-out prompts
@@ -26,16 +26,6 @@ class Scored(NamedTuple):
     logp: torch.Tensor
     reference: torch.Tensor
     hidden: torch.Tensor
-
-
-def roll_out(stage: Stage, pairs: Sequence[Pair], generator: torch.Generator, least: int = 0) -> Completions:
-    """A sample of the active adapter for the prompt of every pair, of at least so many tokens."""
-    shared = stage.shared
-    prompts = pad(encode_prompts(shared, pairs), [[]] * len(pairs)).to(shared.device)
-    return sample(
-        shared.model, prompts.prompts, prompts.prompt_mask, stage.plan.max_new_tokens, shared.end,
-        generator=generator, min_new_tokens=least,
-    )  # fmt: skip
 
 
 def score_policy(shared: Shared, batch: Completions) -> Scored:
@@ -68,9 +58,18 @@ class Online(Stage):
 
     least = 0
 
+    def roll_out(self, pairs: Sequence[Pair], generator: torch.Generator) -> Completions:
+        """A sample of the active adapter for the prompt of every pair."""
+        shared, most = self.shared, self.plan.max_new_tokens
+        prompts = pad(encode_prompts(shared, pairs), [[]] * len(pairs)).to(shared.device)
+        return sample(
+            shared.model, prompts.prompts, prompts.prompt_mask, most, shared.end,
+            generator=generator, min_new_tokens=min(self.least, most - 1),
+        )  # fmt: skip
+
     def evaluate(self) -> Metrics:
         pairs = self.shared.pairs.held_out[:_MEASURED]
-        batch = roll_out(self, pairs, self.generator(-1), self.least)
+        batch = self.roll_out(pairs, self.generator(-1))
         with torch.no_grad():
             found = score_policy(self.shared, batch)
         length = batch.mask.sum(dim=1).float().mean().item()
@@ -107,7 +106,7 @@ class PPO(Online):
 
     def step(self, number: int) -> Metrics:
         pairs = self.batch(number)
-        batch = roll_out(self, pairs, self.generator(number), self.least)
+        batch = self.roll_out(pairs, self.generator(number))
         reward = self.model_scores(batch)
         with torch.no_grad():
             old = score_policy(self.shared, batch)
@@ -139,7 +138,7 @@ class GRPO(Online):
 
     def step(self, number: int) -> Metrics:
         pairs = [pair for pair in self.batch(number) for _ in range(self.plan.group_size)]
-        batch = roll_out(self, pairs, self.generator(number), self.least)
+        batch = self.roll_out(pairs, self.generator(number))
         reward = verified(self.shared, pairs, batch)
         advantages = group_advantages(reward, self.plan.group_size)
         found = score_policy(self.shared, batch)

@@ -11,7 +11,7 @@ from ..rlhf import DPOLoss, PreferenceLoss, masked_mean, masked_sum, reference_p
 from ..rlhf.rollout import IGNORED, Completions, completion_hidden, pad, sequence_hidden
 from .files import write_file
 from .rlhf_data import Pair
-from .rlhf_trainer import Metrics, Shared, Stage
+from .rlhf_stage import Metrics, Shared, Stage
 
 _AT_ONCE = 32  # pairs, where nothing is learnt
 _CENTERING = 0.01

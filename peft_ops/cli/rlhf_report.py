@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .files import write_file
 from .rlhf_folder import Result
 from .rlhf_plan import PLANS
-from .rlhf_trainer import Metrics
+from .rlhf_stage import Metrics
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -204,7 +204,7 @@ def test_pairs_of_the_users(run, tmp_path, capsys):
 def test_the_base_is_one_and_stays_as_it_was(cache, tmp_path):
     args = cli.parser().parse_args(["rlhf", "--stage", "all", "--out", str(tmp_path / "run"), *map(str, FAST)])
     cpu, dtype = torch.device("cpu"), torch.float32
-    folder = rlhf._base(args, rlhf.make_console(), cpu, dtype)
+    folder = rlhf.embedded_folder(args, rlhf.make_console(), cpu, dtype)
     shared = rlhf.prepare(args, folder, cpu, dtype)
 
     def base():
@@ -227,7 +227,7 @@ def test_the_reference_is_what_sft_left(cache, tmp_path):
     """Before the first step the KL of PPO and GRPO and the implicit rewards of DPO are 0."""
     args = cli.parser().parse_args(["rlhf", "--stage", "all", "--out", str(tmp_path / "run"), *map(str, FAST)])
     cpu, dtype = torch.device("cpu"), torch.float32
-    shared = rlhf.prepare(args, rlhf._base(args, rlhf.make_console(), cpu, dtype), cpu, dtype)
+    shared = rlhf.prepare(args, rlhf.embedded_folder(args, rlhf.make_console(), cpu, dtype), cpu, dtype)
     stages = {}
     for name, plan in rlhf.plans(args).items():
         stages[name] = rlhf.STAGES[name](shared, plan, rlhf.options_of(args, plan, dtype))
