@@ -86,7 +86,7 @@ def identity(args: Namespace, folder: Path, dtype: torch.dtype, shared: Shared) 
 def options_of(args: Namespace, plan: Plan, dtype: torch.dtype) -> Options:
     return Options(
         steps=plan.steps, batch_size=plan.batch_size, lr=plan.lr, warmup=max(1, plan.steps // 20), seed=args.seed,
-        dtype=dtype, evaluate_every=max(1, plan.steps // 4), checkpoint_every=args.checkpoint_every,
+        dtype=dtype, evaluate_every=-(-plan.steps // 4), checkpoint_every=args.checkpoint_every,
     )  # fmt: skip
 
 
