@@ -8,8 +8,20 @@ import torch
 from torch import nn
 
 from ..nn.head import head_of
-from ..rlhf import PPOLoss, gae, group_advantages, grpo_loss, kl_rewards, masked_sum, reference_policy, whiten
-from ..rlhf.rollout import Completions, completion_hidden, pad, sample
+from ..ops import TokenLogProbs
+from ..rlhf import (
+    gae,
+    group_advantages,
+    grpo_loss,
+    kl_rewards,
+    log1mexp,
+    masked_sum,
+    ppo_policy_loss,
+    ppo_value_loss,
+    reference_policy,
+    whiten,
+)  # fmt: skip
+from ..rlhf.rollout import IGNORED, Completions, completion_hidden, pad, sample
 from .rlhf_data import Pair
 from .rlhf_preference import ScalarHead, encode_prompts, scores
 from .rlhf_stage import Metrics, Shared, Stage, active
@@ -18,6 +30,7 @@ from .rlhf_verify import LENGTH_FLOOR, verified_share
 _MEASURED = 128  # held-out prompts
 _MISSING_END = 1.0  # what is taken off the score of a sample that does not end; the reward model saw none
 _EPOCHS, _MINIBATCHES = 2, 2
+_VALUE_WEIGHT = 0.1
 
 
 class Scored(NamedTuple):
@@ -28,12 +41,36 @@ class Scored(NamedTuple):
     hidden: torch.Tensor
 
 
-def score_policy(shared: Shared, batch: Completions) -> Scored:
+def log_probs(
+    shared: Shared, hidden: torch.Tensor, batch: Completions, least: int, reference_hidden: torch.Tensor | None = None
+) -> TokenLogProbs:
+    """Of samples, [B, C], as they were drawn: where the end token was ruled out, the others share its probability.
+
+    Without that a policy could raise the probability of an end that is not drawn, and so lower that of what is: its KL
+    would fall, and PPO would be paid for it.
+    """
+    head = head_of(shared.model)
+    found = head.log_probs(hidden, batch.targets, reference_hidden=reference_hidden)
+    if not least:
+        return found
+    early = batch.mask.clone()
+    early[:, least:] = False
+    ends = torch.where(early, shared.end, IGNORED)
+    end = head.log_probs(hidden, ends, reference_hidden=reference_hidden)
+    logp, reference = (
+        None if of is None or at is None else of - torch.where(early, log1mexp(torch.where(early, at, -1.0)), 0.0)
+        for of, at in ((found.logp, end.logp), (found.reference, end.reference))
+    )
+    assert logp is not None
+    return TokenLogProbs(logp, reference=reference)
+
+
+def score_policy(shared: Shared, batch: Completions, least: int) -> Scored:
     """Log-probs of samples under the active adapter and, in the same pass of the head, under the reference."""
     with reference_policy(shared.model, "sft"):
         reference_hidden = completion_hidden(shared.model, batch)
     hidden = completion_hidden(shared.model, batch)
-    found = head_of(shared.model).log_probs(hidden, batch.targets, reference_hidden=reference_hidden)
+    found = log_probs(shared, hidden, batch, least, reference_hidden)
     assert found.reference is not None
     return Scored(found.logp, found.reference, hidden)
 
@@ -64,14 +101,14 @@ class Online(Stage):
         prompts = pad(encode_prompts(shared, pairs), [[]] * len(pairs)).to(shared.device)
         return sample(
             shared.model, prompts.prompts, prompts.prompt_mask, most, shared.end,
-            generator=generator, min_new_tokens=min(self.least, most - 1),
+            generator=generator, min_new_tokens=self.least,
         )  # fmt: skip
 
     def evaluate(self) -> Metrics:
         pairs = self.shared.pairs.held_out[:_MEASURED]
         batch = self.roll_out(pairs, self.generator(-1))
         with torch.no_grad():
-            found = score_policy(self.shared, batch)
+            found = score_policy(self.shared, batch, self.least)
         length = batch.mask.sum(dim=1).float().mean().item()
         return self.rewards(pairs, batch) | {"kl": divergence(found, batch), "length": length}
 
@@ -109,22 +146,22 @@ class PPO(Online):
         batch = self.roll_out(pairs, self.generator(number))
         reward = self.model_scores(batch)
         with torch.no_grad():
-            old = score_policy(self.shared, batch)
+            old = score_policy(self.shared, batch, self.least)
             values = self.value(old.hidden)[..., 0]
             per_token = kl_rewards(reward, old.logp, old.reference, batch.mask, self.plan.kl_coef)
             advantages, returns = gae(per_token, values, batch.mask)
             advantages = whiten(advantages, batch.mask)
-        generator, clipped, ppo_loss = self.generator(number), [], PPOLoss()
+        generator, clipped = self.generator(number), []
         for _ in range(_EPOCHS):
             for rows in torch.randperm(len(batch), generator=generator).to(reward.device).chunk(_MINIBATCHES):
                 part = batch[rows]
                 hidden = completion_hidden(self.shared.model, part)
-                found = ppo_loss(
-                    head_of(self.shared.model), hidden, part.targets, self.value(hidden.detach())[..., 0],
-                    old.logp[rows], values[rows], advantages[rows], returns[rows],
-                )  # fmt: skip
-                self.update(found.loss)
-                clipped.append(found.policy.clip_fraction.item())
+                logp = log_probs(self.shared, hidden, part, self.least).logp
+                policy = ppo_policy_loss(logp, old.logp[rows], advantages[rows], part.mask)
+                found = self.value(hidden.detach())[..., 0]
+                value = ppo_value_loss(found, values[rows], returns[rows], part.mask)
+                self.update(policy.loss + _VALUE_WEIGHT * value)
+                clipped.append(policy.clip_fraction.item())
         return {"reward": reward.mean().item(), "kl": divergence(old, batch), "clipped": fmean(clipped)}
 
 
@@ -141,7 +178,7 @@ class GRPO(Online):
         batch = self.roll_out(pairs, self.generator(number))
         reward = verified(self.shared, pairs, batch)
         advantages = group_advantages(reward, self.plan.group_size)
-        found = score_policy(self.shared, batch)
+        found = score_policy(self.shared, batch, self.least)
         beta = self.plan.kl_coef
         self.update(grpo_loss(found.logp, None, advantages, batch.mask, found.reference, beta).loss)
         return {"reward": reward.mean().item(), "kl": divergence(found, batch)}

@@ -14,6 +14,7 @@ from peft_ops.cli import embedded, main, rlhf, rlhf_online
 from peft_ops.cli.embedded import Recipe
 from peft_ops.cli.rlhf_plan import NEEDS, PLANS
 from peft_ops.cli.rlhf_trainer import StageTrainer
+from peft_ops.rlhf import completion_hidden, pad
 
 TINY = Recipe(hidden_size=32, intermediate_size=32, layers=1, heads=2, sequence_length=32, steps=2, batch_size=2)
 FAST = ("--device", "cpu", "--dtype", "fp32", "--r", 2, "--checkpoint-every", 1)
@@ -238,3 +239,21 @@ def test_the_reference_is_what_sft_left(cache, tmp_path):
             assert measured.get("kl", 0.0) == pytest.approx(0, abs=1e-5)
             assert measured.get("margin", 0.0) == pytest.approx(0, abs=1e-5)
             assert measured == stages[name].evaluate()  # the same draws
+
+
+def test_log_probs_of_samples_are_those_that_they_were_drawn_with(tmp_path):
+    """Where the end token was ruled out, the softmax is over the others."""
+    args = cli.parser().parse_args(["rlhf", "--out", str(tmp_path / "run"), *map(str, FAST)])
+    cpu, dtype, least = torch.device("cpu"), torch.float32, 3
+    shared = rlhf.prepare(args, rlhf.embedded_folder(args, rlhf.make_console(), cpu, dtype), cpu, dtype)
+    batch = pad([[5, 6], [7], [8, 9, 10]], [[1, 2, 3, 4, 0], [9, 0], [1, 2, 3, 0]])
+    hidden = completion_hidden(shared.model, batch)
+    found = rlhf_online.log_probs(shared, hidden, batch, least, hidden)
+    logits = shared.model.lm_head(hidden)
+    logits[:, :least, 0] = -torch.inf
+    chosen = batch.completions.clone()
+    expected = logits.log_softmax(-1).gather(2, chosen[..., None])[..., 0]
+    drawn = batch.mask & ((chosen != 0) | (torch.arange(5) >= least))
+    torch.testing.assert_close(found.logp[drawn], expected[drawn], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.reference[drawn], expected[drawn], rtol=1e-4, atol=1e-5)
+    assert found.logp[~batch.mask].eq(0).all()
