@@ -1,4 +1,4 @@
-"""The command line: `peft-ops finetune | compare | check`.
+"""The command line: `peft-ops finetune | compare | rlhf | check`.
 
 Exit codes: 0 done, 1 a check failed, 2 something for the user to put right (one line on stderr), 130 interrupted.
 """
@@ -16,6 +16,7 @@ from .errors import InterruptedRunError, UserError, require
 _NEEDS = {
     "finetune": ("transformers", "rich", "matplotlib"),
     "compare": ("transformers", "rich", "matplotlib"),
+    "rlhf": ("transformers", "rich", "matplotlib"),
     "check": ("rich",),
 }
 
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
     top = argparse.ArgumentParser(prog="peft-ops", description="Fused kernels for parameter-efficient fine-tuning.")
     top.add_argument("--version", action="version", version=f"peft-ops {version('peft-ops')}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="finetune | compare | check")
+    commands = top.add_subparsers(dest="command", required=True, metavar="finetune | compare | rlhf | check")
 
     command = commands.add_parser("finetune", help="fine-tune a causal language model")
     command.set_defaults(recipe=Recipe())
@@ -69,6 +70,11 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=_at_least(1), default=60, help="of each method (default: %(default)s)")
     add("--batch-size", type=_at_least(1), help="sequences per step (default: 8; 4 with --model)")
     add("--sequence-length", type=_at_least(1), help="in tokens (default: 128; with --model 512, or what it takes)")
+    _machine(command)
+
+    command = commands.add_parser("rlhf", help="reward model, DPO, PPO and GRPO on the embedded model and real code")
+    command.set_defaults(recipe=Recipe())
+    _rlhf(command)
     _machine(command)
 
     command = commands.add_parser("check", help="hold every op on this machine's devices against the reference")
@@ -124,6 +130,39 @@ def _how(command: argparse.ArgumentParser) -> None:
     add("--checkpoint-every", type=_at_least(1), default=50, metavar="N", help="steps (default: %(default)s)")
     add("--evaluate-every", type=_at_least(1), metavar="N", help="steps (default: a sixth of them)")
     _machine(command)
+
+
+def _rlhf(command: argparse.ArgumentParser) -> None:
+    from .rlhf_plan import ALL, PLANS
+
+    add = command.add_argument
+    add("--stage", choices=(*PLANS, ALL), default=ALL, help="with those before it that it needs (default: %(default)s)")
+    add(
+        "--data",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help=".jsonl with the fields prompt, chosen and rejected (default: pairs from Python's standard library)",
+    )
+    add("--method", choices=("lora", "qlora"), default="lora", help="of every adapter (default: %(default)s)")
+    add("--r", type=_at_least(1), default=8, help="rank of the adapters (default: %(default)s)")
+    add("--out", type=Path, default=Path("runs/rlhf"), metavar="DIR", help="folder of the run (default: %(default)s)")
+    add("--restart", action="store_true", help="start the stages over that are asked for")
+    add("--steps", type=_at_least(1), help=_by_stage("steps"))
+    add("--batch-size", type=_at_least(1), help=f"pairs, or prompts, of a step; {_by_stage('batch_size')}")
+    add("--lr", type=_within(0, 1), help=f"peak learning rate; {_by_stage('lr')}")
+    add("--beta", type=_within(1e-6, 100), help=f"of DPO; {_by_stage('beta')}")
+    add("--kl-coef", type=_within(0, 100), help=f"weight of the KL to the sft adapter; {_by_stage('kl_coef')}")
+    add("--group-size", type=_at_least(2), help=f"samples of a prompt; {_by_stage('group_size')}")
+    add("--max-new-tokens", type=_at_least(1), help=f"of a sample; {_by_stage('max_new_tokens')}")
+    add("--checkpoint-every", type=_at_least(1), default=20, metavar="N", help="steps (default: %(default)s)")
+
+
+def _by_stage(option: str) -> str:
+    from .rlhf_plan import PLANS, taken
+
+    values = {name: taken(name, plan)[option] for name, plan in PLANS.items() if option in taken(name, plan)}
+    return f"default: {', '.join(f'{name} {value:g}' for name, value in values.items())}"
 
 
 def _machine(command: argparse.ArgumentParser) -> None:

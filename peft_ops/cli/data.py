@@ -64,34 +64,47 @@ def read_documents(files: Iterable[Path]) -> list[Document]:
     """
     documents: list[Document] = []
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--data {file}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"--data {file}: not UTF-8 text (byte {error.start})") from error
+        text = read_text(file)
         documents += _jsonl(file, text) if file.suffix == ".jsonl" else [Document(text)]
     return documents
 
 
+def read_text(file: Path) -> str:
+    """Of a file of --data; UserError naming it where that fails."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--data {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {file}: not UTF-8 text (byte {error.start})") from error
+
+
 def _jsonl(file: Path, text: str) -> list[Document]:
     lines = enumerate(text.split("\n"), 1)
-    return [_record(f"--data {file}, line {number}", line) for number, line in lines if line.strip()]
+    return [_document(f"--data {file}, line {number}", line) for number, line in lines if line.strip()]
 
 
-def _record(where: str, line: str) -> Document:
+def _document(where: str, line: str) -> Document:
+    found = record(where, line, ("text",), ("prompt", "completion"))
+    return Document(found["text"]) if "text" in found else Document(found["completion"], found["prompt"])
+
+
+def record(where: str, line: str, *forms: tuple[str, ...]) -> dict[str, str]:
+    """The fields of the first of the forms that a line of JSON has; UserError saying where, if it has none."""
     try:
-        record = json.loads(line)
+        found = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON: {error}") from error
-    fields = ("text",) if isinstance(record, dict) and "text" in record else ("prompt", "completion")
-    if not isinstance(record, dict) or any(field not in record for field in fields):
-        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f'{where}: expected the field "text", or "prompt" and "completion"; found {found or "none"}')
+    fields = next((form for form in forms if isinstance(found, dict) and all(field in found for field in form)), None)
+    if fields is None:
+        *others, last = (f'"{field}"' for field in forms[-1])
+        expected = "".join(f'"{form[0]}", or ' for form in forms[:-1]) + f"{', '.join(others)} and {last}"
+        has = (", ".join(found) or "none") if isinstance(found, dict) else type(found).__name__
+        raise UserError(f"{where}: expected the field{'' if len(forms) > 1 else 's'} {expected}; found {has}")
     for field in fields:
-        if not isinstance(record[field], str):
-            raise UserError(f'{where}: "{field}" must be a string, got {type(record[field]).__name__}')
-    return Document(record["text"]) if fields == ("text",) else Document(record["completion"], record["prompt"])
+        if not isinstance(found[field], str):
+            raise UserError(f'{where}: "{field}" must be a string, got {type(found[field]).__name__}')
+    return {field: found[field] for field in fields}
 
 
 def encode(document: Document, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
@@ -129,9 +142,13 @@ def pack(documents: Sequence[Document], tokenizer: Tokenizer, length: int, held_
 
 def batch(sequences: Sequences, size: int, seed: int, step: int) -> Sequences:
     """The `size` sequences of a step: every epoch in a new order, a pure function of (seed, step)."""
-    n, start = len(sequences), step * size
-    places = [divmod(position, n) for position in range(start, start + size)]
-    return sequences[torch.stack([_epoch_order(n, seed, epoch)[place] for epoch, place in places])]
+    return sequences[batch_rows(len(sequences), size, seed, step)]
+
+
+def batch_rows(n: int, size: int, seed: int, step: int) -> torch.Tensor:
+    """Which of n examples a step takes: every epoch in a new order, a pure function of the arguments."""
+    places = [divmod(position, n) for position in range(step * size, (step + 1) * size)]
+    return torch.stack([_epoch_order(n, seed, epoch)[place] for epoch, place in places])
 
 
 @lru_cache(maxsize=4)

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from .training import Observer
-
 _WIDTH = 118  # of tables where there is no terminal to ask
 _LINES = 10  # per run, where there is no terminal
 
@@ -26,7 +24,7 @@ def make_console() -> Console:
 
 
 @contextmanager
-def progress(console: Console, name: str, steps: int, done: int = 0) -> Iterator[Observer]:
+def progress(console: Console, name: str, steps: int, done: int = 0) -> Iterator[Bar | Lines]:
     """An observer of a run that has `steps` steps, `done` of them taken."""
     if not console.is_terminal:
         yield Lines(console, name, steps)
@@ -49,11 +47,18 @@ class Bar:
         self._task = bar.add_task(name, total=steps, completed=done, loss="", speed="")
 
     def step(self, done: int, loss: float, tokens_per_second: float) -> None:
-        speed = f"{tokens_per_second:,.0f} tokens/s"
-        self._bar.update(self._task, completed=done, loss=f"loss {loss:.3f}{self._held_out}", speed=speed)
+        self.show(done, f"loss {loss:.3f}", f"{tokens_per_second:,.0f} tokens/s")
 
     def held_out(self, done: int, loss: float) -> None:
-        self._held_out = f", held out {loss:.3f}"
+        self.note(done, f"held out {loss:.3f}")
+
+    def show(self, done: int, text: str, speed: str = "") -> None:
+        """After a step."""
+        self._bar.update(self._task, completed=done, loss=f"{text}{self._held_out}", speed=speed)
+
+    def note(self, done: int, text: str) -> None:
+        """What was measured; shown until the next measurement."""
+        self._held_out = f", {text}"
 
 
 class Lines:
@@ -64,11 +69,19 @@ class Lines:
         self._started = time.perf_counter()
 
     def step(self, done: int, loss: float, tokens_per_second: float) -> None:
-        if done == self._steps or done % max(1, self._steps // _LINES) == 0:
-            self._print(f"step {done}/{self._steps}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s")
+        self.show(done, f"loss {loss:.3f}", f"{tokens_per_second:,.0f} tokens/s")
 
     def held_out(self, done: int, loss: float) -> None:
-        self._print(f"step {done}/{self._steps}  held-out loss {loss:.3f}")
+        self.note(done, f"held-out loss {loss:.3f}")
+
+    def show(self, done: int, text: str, speed: str = "") -> None:
+        """After a step."""
+        if done == self._steps or done % max(1, self._steps // _LINES) == 0:
+            self._print(f"step {done}/{self._steps}  {text}  {speed}".rstrip())
+
+    def note(self, done: int, text: str) -> None:
+        """What was measured."""
+        self._print(f"step {done}/{self._steps}  {text}")
 
     def _print(self, text: str) -> None:
         elapsed = time.perf_counter() - self._started

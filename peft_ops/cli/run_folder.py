@@ -7,17 +7,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 from zipfile import BadZipFile, ZipFile
 
 import torch
 
 from .errors import InterruptedRunError, UserError
 from .files import write_file
-from .training import Trainer
 
 CHECKPOINT = "checkpoint.pt"
 _FORMAT = 2
+
+
+class Options(Protocol):
+    """Of a run."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def checkpoint_every(self) -> int: ...
+
+
+class Resumable(Protocol):
+    """A run that is a pure function of its state."""
+
+    @property
+    def options(self) -> Options: ...
+
+    @property
+    def done(self) -> int: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any], source: object) -> None: ...
 
 
 class RunFolder:
@@ -30,7 +53,7 @@ class RunFolder:
         self.file, self.identity = folder / CHECKPOINT, identity
         self._stop = False
 
-    def resume(self, trainer: Trainer) -> bool:
+    def resume(self, trainer: Resumable) -> bool:
         """Go on from the checkpoint, if there is one.
 
         Raises UserError: it is corrupt, or of a run with other arguments.
@@ -52,7 +75,7 @@ class RunFolder:
         trainer.load_state(state, self.file)
         return True
 
-    def after_step(self, trainer: Trainer) -> None:
+    def after_step(self, trainer: Resumable) -> None:
         """For Trainer.run."""
         every, done, last = trainer.options.checkpoint_every, trainer.done, trainer.options.steps
         if done % every == 0 or done == last or self._stop:

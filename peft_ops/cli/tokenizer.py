@@ -9,10 +9,11 @@ BYTE_VOCABULARY = 256
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """encode: text -> tokens, nothing added. start, end: what stands around a document. source: a tokenizer of
-    transformers, saved with a model that is trained whole."""
+    """encode: text -> tokens, nothing added; decode: back. start, end: what stands around a document. source: a
+    tokenizer of transformers, saved with a model that is trained whole."""
 
     encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
     start: list[int]
     end: list[int]
     vocabulary: int
@@ -21,7 +22,13 @@ class Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """A token is a byte of UTF-8; a document ends with byte 0, which text does not hold."""
-    return Tokenizer(lambda text: list(text.encode()), [], [0], BYTE_VOCABULARY)
+    return Tokenizer(
+        lambda text: list(text.encode()),
+        lambda tokens: bytes(tokens).decode(errors="replace"),
+        [],
+        [0],
+        BYTE_VOCABULARY,
+    )
 
 
 def from_transformers(source: Any) -> Tokenizer:
@@ -33,4 +40,4 @@ def from_transformers(source: Any) -> Tokenizer:
     def encode(text: str) -> list[int]:
         return source(text, add_special_tokens=False, verbose=False).input_ids  # no warning about the length: it is cut
 
-    return Tokenizer(encode, start, end, len(source), source)
+    return Tokenizer(encode, source.decode, start, end, len(source), source)

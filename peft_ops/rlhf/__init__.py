@@ -33,4 +33,8 @@ from .ppo import ppo_value_loss as ppo_value_loss
 from .reference import freeze_adapter_copy as freeze_adapter_copy
 from .reference import reference_policy as reference_policy
 from .reward import reward_loss as reward_loss
+from .rollout import Completions as Completions
+from .rollout import completion_hidden as completion_hidden
+from .rollout import pad as pad
+from .rollout import sample as sample
 from .simpo import simpo_loss as simpo_loss
