@@ -29,7 +29,7 @@ PLANS = {
     "reward": Plan(steps=120, batch_size=16, lr=3e-3),
     "dpo": Plan(steps=80, batch_size=16, lr=3e-3),
     "ppo": Plan(steps=40, batch_size=32, lr=1e-3, kl_coef=0.1),
-    "grpo": Plan(steps=30, batch_size=16, lr=2e-3, kl_coef=0.02, max_new_tokens=32),
+    "grpo": Plan(steps=30, batch_size=16, lr=2e-3, max_new_tokens=32),
 }
 _COMMON = ("steps", "batch_size", "lr")
 OPTIONS = {
