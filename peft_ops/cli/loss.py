@@ -31,7 +31,8 @@ def loss_of_hidden_states(model: Any) -> bool:
     That is tried out on four tokens, once for a model.
     """
     if model not in _fits:
-        large = model.config.get_text_config().vocab_size > _SMALL
+        config = getattr(model, "config", None)
+        large = config is not None and config.get_text_config().vocab_size > _SMALL
         _fits[model] = large and model.base_model is not model and _agree(model)
     return _fits[model]
 
