@@ -5,13 +5,12 @@ import torch
 import triton
 import triton.language as tl
 
+from far import far_rows
 from peft_ops.kernels import bottleneck_adapter as kernels
 from peft_ops.kernels import configs
 from peft_ops.kernels.activations import activate, derivative
 from peft_ops.reference import activations
 from peft_ops.reference import bottleneck_adapter as reference
-
-FAR = 2**30 + 64  # three rows of this stride end beyond 2**31
 
 
 @triton.jit
@@ -38,14 +37,6 @@ def test_activations_elementwise(name):
     small = (z.abs() < 0.5) & (exact != 0)  # beyond, some cancel: in plain torch too
     ours, theirs = (((t.double() - exact) / exact)[small].abs().max() for t in (h, plain))
     assert ours <= 2 * theirs + 3e-7
-
-
-def far_rows(values):
-    """The same values with rows beyond 2**31 elements: untouched pages cost no memory."""
-    rows, columns = values.shape
-    store = torch.empty((rows - 1) * FAR + columns, dtype=values.dtype)
-    view = store.as_strided((rows, columns), (FAR, 1))
-    return view.copy_(values)
 
 
 @pytest.mark.unpoisoned

@@ -3,21 +3,11 @@
 import pytest
 import torch
 
+from far import far_rows
 from numerics import assert_as_accurate
 from peft_ops import nf4
 from peft_ops.kernels import configs, dora
 from peft_ops.reference import dora as reference
-
-FAR = 2**30 + 64  # three rows of this stride end beyond 2**31
-
-
-def far_rows(values):
-    """The same values with rows beyond 2**31 elements: untouched pages cost no memory."""
-    rows, columns = values.shape
-    store = torch.empty((rows - 1) * FAR + columns, dtype=values.dtype)
-    view = store.as_strided((rows, columns), (FAR, 1))
-    view.copy_(values)
-    return view
 
 
 @pytest.mark.unpoisoned

@@ -3,21 +3,11 @@
 import pytest
 import torch
 
+from far import far_rows
 from numerics import assert_as_accurate
 from peft_ops import nf4
 from peft_ops.kernels import configs, linear_logprob
 from peft_ops.reference import linear_logprob as reference
-
-FAR = 2**30 + 64  # three rows of this stride end beyond 2**31
-
-
-def far_rows(values):
-    """The same values with rows beyond 2**31 elements: untouched pages cost no memory."""
-    rows, columns = values.shape
-    store = torch.empty((rows - 1) * FAR + columns, dtype=values.dtype)
-    view = store.as_strided((rows, columns), (FAR, 1))
-    view.copy_(values)
-    return view
 
 
 def problem(M=70, K=24, V=300, R=3, dtype=torch.float32):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from far import far_rows
 from numerics import assert_as_accurate
 from peft_ops.kernels import configs, down_project, linear_low_rank, low_rank
 from peft_ops.reference import down_project as reference_down
@@ -10,20 +11,10 @@ from peft_ops.reference import linear_low_rank as reference_linear
 from peft_ops.reference import low_rank as reference_low_rank
 
 SEED = torch.tensor(2**40 + 7)
-FAR = 2**30 + 64  # three rows of this stride end beyond 2**31
 
 
 def random(*shape, dtype=torch.float32):
     return torch.randn(*shape).to(dtype)
-
-
-def far_rows(values):
-    """The same values with rows, or columns for one row, beyond 2**31 elements: untouched pages cost no memory."""
-    rows, columns = values.shape
-    store = torch.empty((rows - 1) * FAR + columns, dtype=values.dtype)
-    view = store.as_strided((rows, columns), (FAR, 1))
-    view.copy_(values)
-    return view
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
