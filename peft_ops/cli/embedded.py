@@ -22,6 +22,7 @@ from .tokenizer import BYTE_VOCABULARY, byte_tokenizer
 from .training import History, Observer, Options, Trainer
 
 _SOURCE_BYTES = 1_500_000
+POSITIONS = 2048  # tokens that the model takes
 _HISTORY = "pretraining.json"
 
 
@@ -107,7 +108,7 @@ def pretrain(
         LlamaConfig(
             vocab_size=BYTE_VOCABULARY, hidden_size=recipe.hidden_size, intermediate_size=recipe.intermediate_size,
             num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
-            max_position_embeddings=2048, bos_token_id=None, eos_token_id=0, pad_token_id=None,
+            max_position_embeddings=POSITIONS, bos_token_id=None, eos_token_id=0, pad_token_id=None,
         )
     )  # fmt: skip
     model.to(device)

@@ -16,7 +16,7 @@ from .methods import METHODS, Settings, flag
 from .models import load_model
 from .report import environment
 from .rlhf_charts import draw
-from .rlhf_data import python_pairs, read_pairs
+from .rlhf_data import Pairs, python_pairs, read_pairs
 from .rlhf_folder import forget, read_result, results, write_result
 from .rlhf_online import GRPO, PPO
 from .rlhf_plan import NEEDS, Plan, asked, order, plans, taken
@@ -25,6 +25,7 @@ from .rlhf_report import lines, markdown, table
 from .rlhf_stage import Shared, Stage
 from .rlhf_trainer import StageTrainer
 from .run_folder import RunFolder
+from .tokenizer import byte_tokenizer
 from .training import Options
 
 STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (SFT, Reward, DPO, PPO, GRPO)}
@@ -36,8 +37,9 @@ def run(args: Namespace) -> int:
     console = make_console()
     device, dtype = pick_device(args.device), pick_dtype(args.dtype, args.device)
     planned, wanted = plans(args), asked(args.stage)
+    pairs = pairs_of(args)  # before the minute that the base takes
     folder = embedded_folder(args, console, device, dtype)
-    shared = prepare(args, folder, device, dtype)
+    shared = prepare(args, folder, pairs, device, dtype)
     facts = identity(args, folder, dtype, shared)
     console.print(
         f"{args.method} adapters over one base; {len(shared.pairs.train):,} pairs to learn from, "
@@ -62,13 +64,16 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def prepare(args: Namespace, folder: Path, device: torch.device, dtype: torch.dtype) -> Shared:
+def pairs_of(args: Namespace) -> Pairs:
+    """Those of --data, or of the standard library."""
+    if args.data:
+        return read_pairs(args.data, embedded.POSITIONS, byte_tokenizer(), args.seed)
+    return python_pairs(embedded.python_source(), _TRAIN, _HELD_OUT, args.seed)
+
+
+def prepare(args: Namespace, folder: Path, pairs: Pairs, device: torch.device, dtype: torch.dtype) -> Shared:
     """The frozen base with the adapter that is to become sft, and the pairs."""
     model, tokenizer = load_model(folder, dtype)
-    if args.data:
-        pairs = read_pairs(args.data, model.config.max_position_embeddings, tokenizer, args.seed)
-    else:
-        pairs = python_pairs(embedded.python_source(), _TRAIN, _HELD_OUT, args.seed)
     settings = Settings(r=args.r)
     torch.manual_seed(args.seed)
     adapt(model, METHODS[args.method].config(settings, model), adapter_name="sft")

@@ -206,7 +206,7 @@ def test_the_base_is_one_and_stays_as_it_was(cache, tmp_path):
     args = cli.parser().parse_args(["rlhf", "--stage", "all", "--out", str(tmp_path / "run"), *map(str, FAST)])
     cpu, dtype = torch.device("cpu"), torch.float32
     folder = rlhf.embedded_folder(args, rlhf.make_console(), cpu, dtype)
-    shared = rlhf.prepare(args, folder, cpu, dtype)
+    shared = rlhf.prepare(args, folder, rlhf.pairs_of(args), cpu, dtype)
 
     def base():
         named = shared.model.state_dict(keep_vars=True)
@@ -228,7 +228,8 @@ def test_the_reference_is_what_sft_left(cache, tmp_path):
     """Before the first step the KL of PPO and GRPO and the implicit rewards of DPO are 0."""
     args = cli.parser().parse_args(["rlhf", "--stage", "all", "--out", str(tmp_path / "run"), *map(str, FAST)])
     cpu, dtype = torch.device("cpu"), torch.float32
-    shared = rlhf.prepare(args, rlhf.embedded_folder(args, rlhf.make_console(), cpu, dtype), cpu, dtype)
+    folder = rlhf.embedded_folder(args, rlhf.make_console(), cpu, dtype)
+    shared = rlhf.prepare(args, folder, rlhf.pairs_of(args), cpu, dtype)
     stages = {}
     for name, plan in rlhf.plans(args).items():
         stages[name] = rlhf.STAGES[name](shared, plan, rlhf.options_of(args, plan, dtype))
@@ -245,7 +246,8 @@ def test_log_probs_of_samples_are_those_that_they_were_drawn_with(tmp_path):
     """Where the end token was ruled out, the softmax is over the others."""
     args = cli.parser().parse_args(["rlhf", "--out", str(tmp_path / "run"), *map(str, FAST)])
     cpu, dtype, least = torch.device("cpu"), torch.float32, 3
-    shared = rlhf.prepare(args, rlhf.embedded_folder(args, rlhf.make_console(), cpu, dtype), cpu, dtype)
+    folder = rlhf.embedded_folder(args, rlhf.make_console(), cpu, dtype)
+    shared = rlhf.prepare(args, folder, rlhf.pairs_of(args), cpu, dtype)
     batch = pad([[5, 6], [7], [8, 9, 10]], [[1, 2, 3, 4, 0], [9, 0], [1, 2, 3, 0]])
     hidden = completion_hidden(shared.model, batch)
     found = rlhf_online.log_probs(shared, hidden, batch, least, hidden)
