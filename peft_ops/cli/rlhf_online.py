@@ -1,5 +1,6 @@
 """The stages that learn from their own samples: PPO on the reward model, GRPO on the reward that can be checked."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
@@ -22,9 +23,10 @@ from ..rlhf import (
     whiten,
 )  # fmt: skip
 from ..rlhf.rollout import IGNORED, Completions, completion_hidden, pad, sample
+from ..tuning.named import activated
 from .rlhf_data import Pair
 from .rlhf_preference import ScalarHead, encode_prompts, scores
-from .rlhf_stage import Metrics, Shared, Stage, active
+from .rlhf_stage import Metrics, Shared, Stage
 from .rlhf_verify import LENGTH_FLOOR, verified_share
 
 _MEASURED = 128  # held-out prompts
@@ -112,8 +114,9 @@ class Online(Stage):
         length = batch.mask.sum(dim=1).float().mean().item()
         return self.rewards(pairs, batch) | {"kl": divergence(found, batch), "length": length}
 
+    @abstractmethod
     def rewards(self, pairs: Sequence[Pair], batch: Completions) -> Metrics:
-        raise NotImplementedError
+        """What is measured of samples, `reward` first."""
 
 
 class PPO(Online):
@@ -122,10 +125,10 @@ class PPO(Online):
     The value is a linear head on the policy's hidden states, which it does not train: they are detached.
     """
 
-    name, needs, number = "ppo", ("sft", "reward"), 3
+    name, number = "ppo", 3
     least = LENGTH_FLOOR  # the pairs have nothing shorter: a sample that ends at once is nothing the reward model knows
 
-    def own_heads(self) -> dict[str, nn.Module]:
+    def own_heads(self) -> dict[str, nn.Linear]:
         self.value = ScalarHead(self.shared)
         return {"value": self.value}
 
@@ -136,7 +139,7 @@ class PPO(Online):
     @torch.no_grad()
     def model_scores(self, batch: Completions) -> torch.Tensor:
         """[B]: of the reward model, less for a sample without its end."""
-        with active(self.shared.model, "reward"):
+        with activated(self.shared.model, "reward"):
             found = scores(self.shared, self.shared.heads["score"], batch)
         ended = ((batch.completions == self.shared.end) & batch.mask).any(dim=1)
         return found - _MISSING_END * (~ended).float()

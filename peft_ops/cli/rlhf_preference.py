@@ -47,7 +47,7 @@ class ScalarHead(nn.Linear):
 class SFT(Stage):
     """Cross-entropy of real continuations and of their prompts, which are real text too."""
 
-    name, needs, number = "sft", (), 0
+    name, number = "sft", 0
 
     def step(self, number: int) -> Metrics:
         batch = encode(self.shared, self.batch(number), "chosen")
@@ -82,7 +82,7 @@ class Reward(Stage):
 
     name, number = "reward", 1
 
-    def own_heads(self) -> dict[str, nn.Module]:
+    def own_heads(self) -> dict[str, nn.Linear]:
         self.score = self.shared.heads.setdefault("score", ScalarHead(self.shared))
         return {"score": self.score}
 
@@ -105,7 +105,7 @@ class Reward(Stage):
         from safetensors.torch import save_file
 
         super().save(folder)
-        tensors = {"score.weight": self.score.weight.detach().cpu().contiguous()}  # type: ignore[operator]
+        tensors = {"score.weight": self.score.weight.detach().cpu().contiguous()}
         write_file(folder / "score_head.safetensors", lambda partial: save_file(tensors, partial))
 
 

@@ -2,8 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import LoRAConfig, adapt, adapter_names, save_adapter, set_adapter
+from ..tuning.named import activated
 from ..tuning.optimizer import trained_parameters
 from .data import batch_rows
 from .errors import UserError
@@ -36,30 +35,19 @@ class Shared:
     pairs: Pairs
     adapter: LoRAConfig
     device: torch.device
-    heads: dict[str, nn.Module] = field(default_factory=dict)
+    heads: dict[str, nn.Linear] = field(default_factory=dict)
 
     @property
     def end(self) -> int:
         return self.tokenizer.end[0]
 
 
-@contextmanager
-def active(model: Any, adapter_name: str) -> Iterator[None]:
-    """An adapter is active for a while, then the one before it is again."""
-    before = adapter_names(model)[0]
-    set_adapter(model, adapter_name)
-    try:
-        yield
-    finally:
-        set_adapter(model, before)
-
-
 def add_adapter(model: Any, name: str, config: LoRAConfig, source: str) -> None:
     """A new adapter that starts as a copy of `source`."""
     adapt(model, config, adapter_name=name)
-    with active(model, source):
+    with activated(model, source):
         tensors = {key: p.detach().clone() for key, p in trained_parameters(model).items()}
-    with active(model, name), torch.no_grad():
+    with activated(model, name), torch.no_grad():
         for key, p in trained_parameters(model).items():
             p.copy_(tensors[key])
 
@@ -68,7 +56,6 @@ class Stage(ABC):
     """A stage: its adapter, further parameters of its own, a step and a measurement."""
 
     name: str
-    needs: tuple[str, ...] = ("sft",)
     number: int  # keeps the random draws of stages apart
 
     def __init__(self, shared: Shared, plan: Plan, options: Options) -> None:
@@ -84,7 +71,7 @@ class Stage(ABC):
             list(parameters.values()), lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay, fused=True
         )
 
-    def own_heads(self) -> dict[str, nn.Module]:
+    def own_heads(self) -> dict[str, nn.Linear]:
         """Modules that the stage trains beside its adapter."""
         return {}
 

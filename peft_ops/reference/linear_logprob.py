@@ -77,6 +77,7 @@ def linear_logprob_gradients(
     kept = _kept(targets, ignore_index)
     head = _Head(_take(x, kept), weight, bias, None if s is None else _take(s, kept), b, scaling, inner, outer)
     y, dlogp, (top, log_total) = _take(targets, kept), _take(dlogp, kept), _take(norm.t(), kept).t()
+    h, dh = (None if t is None or dentropy is None else _take(t, kept)[:, None] for t in (entropy, dentropy))
     make = head.x.new_zeros
     dx = make(head.x.shape) if need_dx else None
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_dw else None
@@ -87,11 +88,10 @@ def linear_logprob_gradients(
         at, column = _inside(y[rows], columns)
         z.sub_(top[rows, None]).sub_(log_total[rows, None])
         p = z.exp()
-        if dentropy is None or entropy is None:
+        if h is None or dh is None:
             dz = p.mul_(-dlogp[rows, None])
         else:
-            h, dh = _take(entropy, kept)[rows, None], _take(dentropy, kept)[rows, None]
-            dz = z.add_(h).mul_(dh).add_(dlogp[rows, None]).mul_(p).masked_fill_(p == 0, 0.0).neg_()
+            dz = z.add_(h[rows]).mul_(dh[rows]).add_(dlogp[rows, None]).mul_(p).masked_fill_(p == 0, 0.0).neg_()
         dz[at, column] += dlogp[rows][at]
         if cap is not None:
             dz.mul_(cap)
@@ -131,12 +131,13 @@ class _Head:
         for columns, w in self._slabs():
             shift = None if self.bias is None else self.bias[columns].to(self.wide)
             bt = None if self.b is None else self.b[columns].to(self.wide).t()
-            step = M if torch.compiler.is_compiling() else max(64, _TILE // w.shape[0])
-            for start in range(0, M, max(1, step)):
+            step = max(64, _TILE // w.shape[0])
+            for start in range(0, M, step):
                 rows = slice(start, min(start + step, M))
-                if store is None:
-                    store = self.x.new_empty(rows.stop * max(w.shape[0], _COLUMNS))
-                z = store[: (rows.stop - start) * w.shape[0]].view(-1, w.shape[0])
+                size = (rows.stop - start) * w.shape[0]
+                if store is None or store.numel() < size:  # slabs of a 4-bit head differ in width
+                    store = self.x.new_empty(size)
+                z = store[:size].view(-1, w.shape[0])
                 if shift is None:
                     torch.mm(self.x[rows], w.t(), out=z)
                 else:
@@ -156,9 +157,8 @@ class _Head:
             yield from ((columns, w.to(self.wide)) for columns, w in decoded_rows(self.weight, self.dtype))
             return
         V = self.weight.shape[0]
-        step = V if torch.compiler.is_compiling() else _COLUMNS
-        for start in range(0, V, max(1, step)):
-            columns = slice(start, min(start + step, V))
+        for start in range(0, V, _COLUMNS):
+            columns = slice(start, min(start + _COLUMNS, V))
             yield columns, self.weight[columns].to(self.dtype).to(self.wide)
 
 

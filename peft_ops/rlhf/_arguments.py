@@ -69,13 +69,6 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive, got {value}")
 
 
-def check_unit(name: str, value: float) -> None:
-    """A number in [0, 1]."""
-    check_number(name, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value}")
-
-
 def check_smoothing(loss_type: str, label_smoothing: float, choices: Collection[str]) -> None:
     """In [0, 0.5): at one half the labels say nothing. Other losses than `choices` have none."""
     check_number("label_smoothing", label_smoothing, 0.0, 0.5)

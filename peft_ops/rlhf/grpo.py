@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..tuning.config import check_count
-from ._arguments import aligned, check_bool, check_choice, check_number, check_positive, check_unit
+from ..tuning.config import check_count, check_probability
+from ._arguments import aligned, check_bool, check_choice, check_number, check_positive
 from .clipping import PolicyLoss, clipped_surrogate, policy_drift
 from .kl import kl_estimate
 from .masked import batch_mean, masked, masked_mean, masked_sum
@@ -82,7 +82,7 @@ def grpo_loss(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_number("beta", beta, 0.0)
-    check_unit("clip_low", clip_low)
+    check_probability("clip_low", clip_low)
     check_number("clip_high", clip_high, 0.0)
     if reduction == "dr_grpo":
         if max_length is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ._arguments import aligned, check_bool, check_number, check_positive, check_unit
+from ..tuning.config import check_probability
+from ._arguments import aligned, check_bool, check_number, check_positive
 from .clipping import PolicyLoss, clipped_surrogate, policy_drift
 from .kl import kl_estimate
 from .masked import masked, masked_mean
@@ -63,8 +64,8 @@ def gae(
 
     Source: Schulman et al., "High-Dimensional Continuous Control Using GAE", 2015, equation 16.
     """
-    check_unit("gamma", gamma)
-    check_unit("lam", lam)
+    check_probability("gamma", gamma)
+    check_probability("lam", lam)
     rewards, values = aligned("[B, T]", rewards=rewards, values=values)
     check_bool("mask", mask, rewards, "rewards")
     rewards, values = masked(rewards, mask), masked(values, mask)

@@ -86,7 +86,7 @@ def test_dtypes_and_edges():
     [
         (dict(gamma=1.5), ValueError, r"gamma must be in \[0, 1\], got 1.5"),
         (dict(lam=-0.1), ValueError, r"lam must be in \[0, 1\], got -0.1"),
-        (dict(lam=NAN), ValueError, "lam must be finite, got nan"),
+        (dict(lam=NAN), ValueError, "lam must be in \\[0, 1\\], got nan"),
         (dict(mask=torch.ones(2, 5)), TypeError, "mask must be a bool tensor, got torch.float32"),
         (dict(values=torch.zeros(2, 6)), ValueError, r"values must be \(2, 5\) as rewards is, got \(2, 6\)"),
     ],
