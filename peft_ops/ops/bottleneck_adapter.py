@@ -7,6 +7,7 @@ from .._backend import implementation
 from ..reference import formulas
 from ..reference.activations import ACTIVATIONS, ALIASES
 from ._arguments import autocast_input, check_bottleneck, functorch_active, without_autocast
+from ._exported import kept_by_export
 
 OP = "bottleneck_adapter"
 
@@ -93,6 +94,8 @@ def bottleneck_adapter(
     x = autocast_input(x) if isinstance(x, torch.Tensor) and not add_x else x
     check_bottleneck(x, down_weight, down_bias, up_weight, up_bias, residual)
     activation, scaling = known_activation(activation), float(scaling)
+    if torch.compiler.is_exporting():
+        return _exported(x, down_weight, down_bias, up_weight, up_bias, activation, scaling, residual)
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     onto = None if residual is None or add_x else residual.reshape(flat.shape[0], residual.shape[-1])
     weights = down_weight, down_bias, up_weight, up_bias
@@ -113,3 +116,15 @@ def known_activation(activation: str) -> str:
     if canonical not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join((*ACTIVATIONS, *ALIASES))}, got {activation!r}")
     return canonical
+
+
+_exported = kept_by_export(
+    "bottleneck_adapter(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
+    "str activation, float scaling, Tensor? residual) -> Tensor",
+    bottleneck_adapter,
+    lambda x, down_weight, down_bias, up_weight, up_bias, activation, scaling, residual: x.new_empty(
+        *x.shape[:-1],
+        up_weight.shape[0],
+        dtype=torch.promote_types(x.dtype, (x if residual is None else residual).dtype),
+    ),
+)

@@ -18,6 +18,7 @@ from ._arguments import (
     stored,
     without_autocast,
 )
+from ._exported import kept_by_export, restored_weight, rows_of, stored_weight
 
 
 class _DoRALinear(torch.autograd.Function):
@@ -108,6 +109,9 @@ def dora_linear(
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     seed = mask_seed(seed, x.device) if 0.0 < dropout_p < 1.0 else None
+    if torch.compiler.is_exporting():
+        terms = bias, lora_a, lora_b, magnitude, float(scaling), float(dropout_p), seed
+        return _exported(x, *stored_weight(weight), *terms)
     flat, scaling, p = x.reshape(x.shape[:-1].numel(), x.shape[-1]), float(scaling), float(dropout_p)
     dense, nf4 = (None, weight) if isinstance(weight, NF4Weight) else (weight, None)
     if functorch_active():
@@ -143,3 +147,11 @@ def dora_norm(
     check_device(lora_a, "lora_a", weight=stored(weight), lora_b=lora_b)
     check_adapter(lora_a, weight, lora_a, lora_b)
     return implementation("dora", lora_a).dora_norm(weight, lora_a, lora_b, float(scaling))
+
+
+_exported = kept_by_export(
+    "dora_linear(Tensor x, Tensor[] weight, int[] nf4, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor magnitude, "
+    "float scaling, float dropout_p, Tensor? seed) -> Tensor",
+    lambda x, weight, nf4, *rest: dora_linear(x, restored_weight(weight, nf4, x.dtype), *rest),
+    lambda x, weight, nf4, *rest: rows_of(x, weight, nf4),
+)

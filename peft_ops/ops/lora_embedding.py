@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 from .._backend import implementation
 from ..reference import formulas
 from ._arguments import check_adapter, check_device, functorch_active, without_autocast
+from ._exported import kept_by_export
 
 
 class _LoRAEmbedding(torch.autograd.Function):
@@ -79,7 +80,18 @@ def lora_embedding(
         raise TypeError(f"weight must be a floating-point tensor [V, d], got {given}")
     check_device(x, weight=weight)
     check_adapter(x, weight.t(), lora_a, lora_b)
+    if torch.compiler.is_exporting():
+        scale = torch.as_tensor(1.0 if embed_scale is None else embed_scale, dtype=weight.dtype, device=weight.device)
+        return _exported(x, weight, lora_a, lora_b, float(scaling), scale)
     flat, scaling = x.reshape(-1), float(scaling)
     arguments = flat, weight, lora_a, lora_b, scaling, padding_idx, scale_grad_by_freq, embed_scale
     y = formulas.lora_embedding(*arguments) if functorch_active() else _LoRAEmbedding.apply(*arguments)
     return y.view(*x.shape, weight.shape[1])
+
+
+_exported = kept_by_export(  # padding_idx and frequencies matter to gradients alone
+    "lora_embedding(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor embed_scale) "
+    "-> Tensor",
+    lambda x, weight, a, b, scaling, scale: lora_embedding(x, weight, a, b, scaling, embed_scale=scale),
+    lambda x, weight, a, b, scaling, scale: weight.new_empty(*x.shape, weight.shape[1]),
+)

@@ -7,6 +7,7 @@ from .._backend import implementation
 from ..nf4 import NF4Weight
 from ..reference import formulas
 from ._arguments import autocast_input, check_adapter, check_linear, functorch_active, mask_seed, without_autocast
+from ._exported import kept_by_export, restored_weight, rows_of, stored_weight
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -78,6 +79,8 @@ def lora_linear(
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     seed = mask_seed(seed, x.device) if 0.0 < dropout_p < 1.0 else None
+    if torch.compiler.is_exporting():
+        return _exported(x, *stored_weight(weight), bias, lora_a, lora_b, float(scaling), float(dropout_p), seed)
     flat, scaling, p = x.reshape(x.shape[:-1].numel(), x.shape[-1]), float(scaling), float(dropout_p)
     dense, nf4 = (None, weight) if isinstance(weight, NF4Weight) else (weight, None)
     if functorch_active():
@@ -85,3 +88,11 @@ def lora_linear(
     else:
         y = _LoRALinear.apply(flat, dense, bias, lora_a, lora_b, seed, nf4, scaling, p)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+_exported = kept_by_export(
+    "lora_linear(Tensor x, Tensor[] weight, int[] nf4, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, "
+    "float dropout_p, Tensor? seed) -> Tensor",
+    lambda x, weight, nf4, *rest: lora_linear(x, restored_weight(weight, nf4, x.dtype), *rest),
+    lambda x, weight, nf4, *rest: rows_of(x, weight, nf4),
+)

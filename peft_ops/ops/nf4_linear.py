@@ -1,5 +1,7 @@
 """y = x deq(W)ᵀ + bias over a 4-bit weight, differentiable in x and bias."""
 
+from typing import cast
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -7,6 +9,7 @@ from .._backend import implementation
 from ..nf4 import NF4Weight
 from ..reference import formulas
 from ._arguments import autocast_input, check_linear, functorch_active, without_autocast
+from ._exported import kept_by_export, restored_weight, rows_of, stored_weight
 
 OP = "nf4_linear"
 
@@ -49,6 +52,15 @@ def nf4_linear(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
         raise TypeError(f"weight must be an NF4Weight, got {type(weight).__name__}")
     x = autocast_input(x) if isinstance(x, torch.Tensor) else x
     check_linear(x, weight, bias)
+    if torch.compiler.is_exporting():
+        return _exported(x, *stored_weight(weight), bias)
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = formulas.nf4_linear(flat, weight, bias) if functorch_active() else _NF4Linear.apply(flat, bias, weight)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+_exported = kept_by_export(
+    "nf4_linear(Tensor x, Tensor[] weight, int[] nf4, Tensor? bias) -> Tensor",
+    lambda x, weight, nf4, bias: nf4_linear(x, cast(NF4Weight, restored_weight(weight, nf4, x.dtype)), bias),
+    lambda x, weight, nf4, bias: rows_of(x, weight, nf4),
+)

@@ -7,6 +7,7 @@ from .._backend import implementation
 from ..reference import formulas
 from . import _text_attention as text
 from ._arguments import autocast_input, check_device, check_probability, functorch_active, mask_seed, without_autocast
+from ._exported import kept_by_export
 
 OP = "prefix_attention"
 
@@ -111,6 +112,8 @@ def prefix_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     prefix_seed = mask_seed(seed, query.device) if prefix_p > 0.0 else None
     tensors, is_causal = (query, key, value, prefix_key, prefix_value), bool(is_causal)
+    if torch.compiler.is_exporting():
+        return _exported(*tensors, scaling, mask, is_causal, bias, p, prefix_p, prefix_seed)
     kernel = text.kernel_for(query, key, value, mask, is_causal, p)
     if kernel is None or functorch_active():
         return formulas.prefix_attention(*tensors, scaling, mask, is_causal, bias, p, prefix_p, prefix_seed)
@@ -174,3 +177,12 @@ def _check_masks(query, key, prefix_key, mask, is_causal, bias) -> tuple[torch.T
 def _broadcasts(t: torch.Tensor, shape: tuple[int, ...]) -> bool:
     sizes = tuple(t.shape)
     return len(sizes) <= len(shape) and all(s in (1, of) for s, of in zip(sizes[::-1], shape[::-1], strict=False))
+
+
+_exported = kept_by_export(
+    "prefix_attention(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, float scaling, "
+    "Tensor? mask, bool is_causal, Tensor? prefix_bias, float dropout_p, float prefix_dropout_p, Tensor? seed) "
+    "-> Tensor",
+    prefix_attention,
+    lambda query, key, value, *rest: query.new_empty(*query.shape[:3], value.shape[3]),
+)

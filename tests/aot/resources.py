@@ -1,6 +1,7 @@
 """Compile a Triton kernel ahead of time and read what it costs, on a machine without a GPU."""
 
 import collections
+import json
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from triton.compiler import ASTSource
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
-MARK = "aot: "  # of the lines that conftest.py gathers into a table
+MARK = "aot: "  # of the lines, a JSON object each, that conftest.py gathers
 _BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 
 
@@ -38,9 +39,11 @@ def compile_for(kernel, signature, constexprs, arch, *, divisible=True, **option
 
 
 def resources(compiled, arch):
-    """{registers, shared, spills, instructions} of one compiled kernel.
+    """{registers, shared, spills, instructions, length, loop} of one compiled kernel.
 
-    spills: moves between registers and local memory in the machine code; instructions: counts of the telling ones.
+    spills: moves between registers and local memory in the machine code; instructions: counts of the telling ones;
+    length: of the machine code in instructions; loop: those of its longest innermost loop by kind (NVIDIA), {} without
+    one.
     """
     return _amd_resources(compiled) if arch.startswith("gfx") else _nvidia_resources(compiled)
 
@@ -52,12 +55,9 @@ def assert_lean(kernel, signature, constexprs, arch, *, dot, divisible=True, ten
     """
     cost = resources(compile_for(kernel, signature, constexprs, arch, divisible=divisible, **options), arch)
     types = "/".join(dict.fromkeys(kind.strip("*") for kind in signature.values() if kind.startswith("*")))
-    flags = " ".join(f"{key}={value}" for key, value in {**constexprs, **options}.items() if key != "stride")
-    units = ", ".join(f"{op} {n}" for op, n in cost["instructions"].items())
-    print(
-        f"{MARK}{arch:7} {kernel.__name__:30} {types:20} {cost['registers']:3} registers "
-        f"{cost['shared'] / 1024:5.0f} KiB {cost['spills']} spills  {units}  [{flags}]"
-    )
+    flags = {key: value for key, value in {**constexprs, **options}.items() if not key.startswith("stride")}
+    line = dict(arch=arch, kernel=kernel.__name__, types=types, aligned=divisible, **cost, flags=flags)
+    print(f"{MARK}{json.dumps(line)}")
     assert cost["shared"] <= SHARED_LIMIT[arch], cost
     assert cost["spills"] == 0, cost
     wanted = tensor_core or TENSOR_CORE[arch]
@@ -78,19 +78,51 @@ def _nvidia_resources(compiled):
         usage = re.search(r"REG:(\d+)", _run("cuobjdump", "--dump-resource-usage", cubin))
         sass = _run("nvdisasm", "-c", cubin)
     assert usage, f"no resource usage for {compiled.name}"
-    mnemonics = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass, re.M)
+    code = _NVIDIA_LINE.findall(sass)
+    mnemonics = [mnemonic for _, mnemonic, _ in code if mnemonic]
     return dict(
         registers=int(usage.group(1)), shared=compiled.metadata.shared,
         spills=mnemonics.count("LDL") + mnemonics.count("STL"), instructions=_telling(mnemonics),
+        length=len(mnemonics), loop=_longest_loop(code),
     )  # fmt: skip
+
+
+_NVIDIA_LINE = re.compile(
+    r"^(?:(\.L\w+):|\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)[^`\n]*(?:`\((\.L\w+)\))?.*)$", re.M
+)  # a label, or a mnemonic and the label it names
+_KINDS = {
+    "matrix": r"\w*MMA$",
+    "global": r"LDG|STG|LDGSTS|UTMA|ATOM|RED",
+    "shared": r"LDS|STS|LDSM|STSM|SHFL",
+    "float": r"F[A-Z]|MUFU|HADD|HMUL|HFMA|H[A-Z]+2|D[A-Z]+",
+    "control": r"BRA|BAR|SYNC|DEPBAR|LDGDEPBAR|WARP|NOP|BSSY|BSYNC|ELECT|SYNCS|FENCE|R2UR|EXIT",
+}
+
+
+def _longest_loop(code):
+    """{kind: instructions} of the longest stretch from a label to a branch back to it that holds no other such stretch;
+    what is of no kind is "integer"."""
+    labels, loops, mnemonics = {}, [], []
+    for label, mnemonic, target in code:
+        if label:
+            labels[label] = len(mnemonics)
+            continue
+        mnemonics.append(mnemonic)
+        if mnemonic == "BRA" and len(mnemonics) - labels.get(target, len(mnemonics)) > 1:
+            loops.append((labels[target], len(mnemonics)))
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    body = slice(*max(inner, key=lambda loop: loop[1] - loop[0], default=(0, 0)))
+    kinds = (next((k for k, names in _KINDS.items() if re.match(names, m)), "integer") for m in mnemonics[body])
+    return dict(collections.Counter(kinds))
 
 
 def _amd_resources(compiled):
     asm = compiled.asm["amdgcn"]
     numbers = {key: int(re.search(rf"\.{key}:\s*(\d+)", asm).group(1)) for key in ("vgpr_count", "vgpr_spill_count")}
+    mnemonics = re.findall(r"^\s+([a-z]\w+)", asm, re.M)
     return dict(
         registers=numbers["vgpr_count"], shared=compiled.metadata.shared, spills=numbers["vgpr_spill_count"],
-        instructions=_telling(re.findall(r"^\s+(\w+)", asm, re.M)),
+        instructions=_telling(mnemonics), length=len(mnemonics), loop={},
     )  # fmt: skip
 
 
