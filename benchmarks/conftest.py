@@ -47,7 +47,7 @@ def pytest_cmdline_main(config):
 
 def pytest_configure(config):
     config.stash[STARTED], config.stash[CEILINGS], config.stash[LEFT_OUT] = time.monotonic(), {}, {}
-    if config.getoption("--benchmark-disable"):
+    if tiny(config):
         variants.BACKEND = "aot_eager"
 
 

@@ -1,7 +1,7 @@
 """The least that an op must do: floating-point operations, and bytes through memory (each operand once).
 
-The budget's floors: x [M, K], weight [N, K], rank R, elements of 2 bytes, float32 adapters. Forward M K + M N + N K elements,
-backward 2 M K + 2 M N + N K; what a contender does beyond them is its own.
+The budget's floors: x [M, K], weight [N, K], rank R, elements of 2 bytes, float32 adapters. Forward M K + M N + N K
+elements, backward 2 M K + 2 M N + N K; what a contender does beyond them is its own.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Llamas of random weights with adapters on all seven linear layers of a block, by contender: `build(shape) -> model`."""
+"""Llamas of random weights, adapters on all seven linear layers of a block, by contender: `build(shape) -> model`."""
 
 from collections.abc import Callable
 

@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A training step of M tokens in sequences of `length`; hidden size K, MLP N, `layers` of `heads` (`kv` of keys)."""
+    """A training step of M tokens in sequences of `length`: hidden size K, MLP N, `layers` of `heads`, `kv` of keys."""
 
     M: int
     N: int

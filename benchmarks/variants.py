@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.shapes import ON_GPU
 
 GRAPH_ROWS = 16  # rows up to which launches are most of the time
-BACKEND = "inductor"  # conftest.py takes "aot_eager" where nothing is timed: tracing without code generation
+BACKEND = "inductor"  # conftest.py takes "aot_eager" on tiny shapes: tracing without code generation
 
 
 def compiled(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
