@@ -61,6 +61,7 @@ def bars(panel: Axes, rows: Rows, key: str, unit: float) -> None:
     panel.set_xlim(-1, x - 1)
     panel.set_xticks(ticks, words(rows), fontsize=7)
     panel.tick_params(axis="y", labelsize=7)
+    panel.set_axisbelow(True)
     panel.grid(axis="y", alpha=0.3)
 
 

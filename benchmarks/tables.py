@@ -28,8 +28,8 @@ def heading(results: dict) -> list[str]:
         f"# {machine['device']}", "",
         f"Commit {(results['commit_info'].get('id') or 'unknown')[:12]}, {results['datetime'][:10]}. {found}.", "",
         f"Median of {clock}, bfloat16 unless said, r = 16. In brackets: times that of {OURS} (of `{OURS}{GRAPH}` for "
-        f"graphs); below 1 {OURS} loses. `{FLOOR}` is the frozen 16-bit layer. `of the roof` is the least time that the "
-        f"op's bytes or operations take at this machine's ceilings over the time of {OURS}; `spread` is the "
+        f"graphs); below 1 {OURS} loses. `{FLOOR}` is the frozen 16-bit layer. `of the roof` is the least time that "
+        f"the op's bytes or operations take at this machine's ceilings over the time of {OURS}; `spread` is the "
         "widest interquartile range in the row over its median.",
     ]  # fmt: skip
     if ceilings:
