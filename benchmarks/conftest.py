@@ -1,5 +1,6 @@
 """Options and fixtures of the suites: shapes by device, one `measure` that runs a layer and notes what it costs."""
 
+import gc
 import time
 
 import pytest
@@ -139,6 +140,7 @@ def seeded():
     torch.manual_seed(0)
     yield
     if ON_GPU:
+        gc.collect()  # models are cycles
         torch.cuda.empty_cache()
 
 

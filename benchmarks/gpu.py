@@ -15,9 +15,12 @@ benchmark.json, report.md, three pictures and the tuned table. The exit status i
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,11 +28,14 @@ from benchmarks import sanitizer
 from benchmarks.steps import ROOT, Step, revision, run
 
 STEPS = ("tests", "check", "memcheck", "tune", "benchmarks", "report")
+PYTEST = ("pytest", "-p", "no:cacheprovider", "-q", "--color=no")
+REPORT_S = 30
 TESTS_WITHOUT_GPU = ("--ignore=tests/aot", "--ignore=tests/interpret", "--continue-on-collection-errors")
 
 
 def main() -> int:
     args = parsed()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # steps could not be interrupted where it is ignored
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     out = args.out.resolve()
@@ -54,7 +60,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
     parser.add_argument("--steps", type=lambda text: text.split(","), default=list(STEPS), help=",".join(STEPS))
     parser.add_argument("-k", dest="keyword", help="cases of the suite, as pytest's -k")
-    parser.add_argument("--minutes", type=float, default=3.5, help="of the suite; default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of all steps; default: %(default)s")
     parser.add_argument("--minutes-tune", type=float, default=0.8, help="default: %(default)s")
     parser.add_argument("--revision", help="of a tree that carries no git")
     args = parser.parse_args()
@@ -63,26 +69,31 @@ def parsed() -> argparse.Namespace:
     return args
 
 
-def steps(args: argparse.Namespace, out: Path, scratch: Path, commit: str | None) -> list[Step]:
-    pytest = ["pytest", "-p", "no:cacheprovider", "-q", "--color=no"]
-    workers = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []  # most of the time is compilation
-    results, suite_s = scratch / "results.json", 60 * args.minutes
-    suite = [*pytest, "benchmarks", f"--benchmark-json={results}", "--benchmark-quiet", f"--within={suite_s}"]
-    suite += [*(["--quick"] if args.quick else []), *(["-k", args.keyword] if args.keyword else [])]
-    check = ["peft_ops.cli:main", "check", "--json", str(scratch / "check.json")]
+def steps(args: argparse.Namespace, out: Path, scratch: Path, commit: str | None) -> Iterator[Step]:
+    """Those asked for, each made when its turn comes: the suite gets the time that is left."""
+    end = time.monotonic() + 60 * args.minutes
+    results, checked = scratch / "results.json", scratch / "check.json"
     tune = ["benchmarks.tune", "--minutes", str(args.minutes_tune), "--out", str(out)]
     tune += ["--device", "cpu", "--quick"] if args.device == "cpu" else []
     report = ["benchmarks.report", str(results), "--out", str(out), *(["--revision", commit] if commit else [])]
-    tuned = {"PEFT_OPS_TABLES": str(out)} if args.device == "cuda" and "tune" in args.steps else {}
-    known = {
-        "tests": Step("tests", [*pytest, *workers, "-m", "gpu", "tests", *TESTS_WITHOUT_GPU], 110),
-        "check": Step("check", check, 40),
-        "memcheck": sanitizer.step(50),
-        "tune": Step("tune", tune, 60 * args.minutes_tune + 15, missing=missing("benchmarks.tune")),
-        "benchmarks": Step("benchmarks", suite, suite_s + 20, variables=tuned),
-        "report": Step("report", report, 30),
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []  # most of the time is compilation
+    made = {
+        "tests": lambda: Step("tests", [*PYTEST, *workers, "-m", "gpu", "tests", *TESTS_WITHOUT_GPU], 110),
+        "check": lambda: Step("check", ["peft_ops.cli:main", "check", "--json", str(checked)], 40),
+        "memcheck": lambda: sanitizer.step(45),
+        "tune": lambda: Step("tune", tune, 60 * args.minutes_tune + 15, missing=missing("benchmarks.tune")),
+        "benchmarks": lambda: suite(args, out, results, end - time.monotonic() - REPORT_S),
+        "report": lambda: Step("report", report, REPORT_S),
     }
-    return [known[name] for name in STEPS if name in args.steps]
+    yield from (made[name]() for name in STEPS if name in args.steps)
+
+
+def suite(args: argparse.Namespace, out: Path, results: Path, left_s: float) -> Step:
+    """What has not begun a quarter of a minute before the end is left out; whatever then still runs is interrupted."""
+    within = ["--benchmark-quiet", f"--benchmark-json={results}", f"--within={max(left_s - 15, 1)}"]
+    chosen = [*(["--quick"] if args.quick else []), *(["-k", args.keyword] if args.keyword else [])]
+    tuned = {"PEFT_OPS_TABLES": str(out)} if args.device == "cuda" and "tune" in args.steps else {}
+    return Step("benchmarks", [*PYTEST, "benchmarks", *within, *chosen], max(left_s, 16), variables=tuned)
 
 
 def missing(module: str) -> str | None:
