@@ -31,10 +31,11 @@ interpret: $(VENV)/.ready  ## the Triton kernels on CPU tensors, held against th
 aot: $(VENV)/.ready  ## every kernel and configuration compiled for every chip
 	$(PYTEST) tests/aot
 
-bench: $(VENV)/.ready  ## the benchmark suite on this machine, with its peers, into benchmarks/results/<device>
+bench: $(VENV)/.ready  ## the benchmark suite on this machine, with its peers, into benchmarks/results/<device> and README
 	mkdir -p $(OUT)
 	$(BIN)/python -m pytest benchmarks --benchmark-json=$(OUT)/benchmark.json
 	$(BIN)/python -m benchmarks.report $(OUT)/benchmark.json
+	$(BIN)/python -m benchmarks.figures
 
 gpu:  ## everything that needs a GPU, with the Python, torch and triton that are there; no network, no set-up
 	$(PYTHON) -m benchmarks.gpu --out $(OUT)/gpu

@@ -1,11 +1,17 @@
 """Options and fixtures of the suites: shapes by device, one `measure` that runs a layer and notes what it costs."""
 
+import gc
+import time
+
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import machine
-from benchmarks.measure import DeviceInstant, peak_bytes, sample, saved_bytes
+from benchmarks import compare, machine, targets, variants
+from benchmarks.ceilings import ceilings
+from benchmarks.contenders import GRAPH, is_foreign
+from benchmarks.costs import cost
+from benchmarks.measure import DeviceInstant, measure_step
 from benchmarks.shapes import (
     DEVICE,
     DTYPE,
@@ -16,36 +22,117 @@ from benchmarks.shapes import (
     head_shapes,
     large_head_shapes,
     linear_shapes,
+    mlp_shapes,
+    qkv_shapes,
+    step_shapes,
     weight_shapes,
 )  # fmt: skip
+from benchmarks.variants import GRAPH_ROWS
+
+STARTED, CEILINGS, LEFT_OUT = pytest.StashKey[float](), pytest.StashKey[dict](), pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="one tiny shape for every case: a dry run of the suite")
+    parser.addoption("--within", type=float, metavar="SECONDS", help="leave out what has not begun by then")
+    parser.addoption("--compare", metavar="REF", help="measure the git revision REF and the working tree in one run")
+
+
+def pytest_cmdline_main(config):
+    if ref := config.getoption("--compare"):
+        keyword = ["-k", config.option.keyword] if config.option.keyword else []
+        quick = ["--quick"] if config.getoption("--quick") else []
+        return compare.main([ref, *keyword, *quick])
+    return None
+
+
+def pytest_configure(config):
+    config.stash[STARTED], config.stash[CEILINGS], config.stash[LEFT_OUT] = time.monotonic(), {}, {}
+    if tiny(config):
+        variants.BACKEND = "aot_eager"
+
+
+def tiny(config) -> bool:
+    return config.getoption("--quick") or config.getoption("--benchmark-disable")
 
 
 def pytest_generate_tests(metafunc):
-    config = metafunc.config
-    tiny = config.getoption("--quick") or config.getoption("--benchmark-disable")
     for name, shapes in (
         ("shape", linear_shapes), ("adapter_shape", adapter_shapes), ("weight_shape", weight_shapes),
         ("attention_shape", attention_shapes), ("decoding_shape", decoding_shapes), ("head_shape", head_shapes),
-        ("large_head_shape", large_head_shapes),
+        ("large_head_shape", large_head_shapes), ("mlp_shape", mlp_shapes), ("qkv_shape", qkv_shapes),
+        ("step_shape", step_shapes),
     ):  # fmt: skip
         if name in metafunc.fixturenames:
-            metafunc.parametrize(name, shapes(tiny), ids=str)
+            metafunc.parametrize(name, shapes(tiny(metafunc.config)), ids=str)
 
 
-def pytest_collection_modifyitems(items):
-    if ON_GPU:
-        for item in items:
-            item.add_marker(pytest.mark.benchmark(timer=DeviceInstant))
+def pytest_collection_modifyitems(config, items):
+    """Graphs are for few rows; what the targets need comes first, since time may run out."""
+    kept = [item for item in items if not (GRAPH in contender_of(item) and rows_of(item) > GRAPH_ROWS)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = sorted(
+        kept, key=lambda item: targets.importance(item.path.stem, item.originalname, item.callspec.params)
+    )
+    for item in items if ON_GPU else ():
+        item.add_marker(pytest.mark.benchmark(timer=DeviceInstant))
 
 
-def pytest_benchmark_update_machine_info(machine_info):
+def contender_of(item) -> str:
+    return item.callspec.params["contender"]
+
+
+def rows_of(item) -> int:
+    return max((value.M for value in item.callspec.params.values() if hasattr(value, "M")), default=0)
+
+
+def pytest_runtest_setup(item):
+    limit = item.config.getoption("--within")
+    if limit and time.monotonic() - item.config.stash[STARTED] > limit:
+        pytest.skip("the time was over")
+    if GRAPH in contender_of(item) and not ON_GPU:
+        pytest.skip("a CUDA graph needs a GPU")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Where a peer fails it is left out by name; ours may only run out of memory."""
+    try:
+        return (yield)
+    except Exception as error:
+        if is_foreign(contender_of(pyfuncitem)) or isinstance(error, torch.OutOfMemoryError):
+            pytest.skip(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.outcome != "passed":
+        reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else f"FAILED: {call.excinfo.exconly()}"
+        left_out, key = item.config.stash[LEFT_OUT], (item.path.stem, contender_of(item), reason)
+        left_out[key] = left_out.get(key, 0) + 1
+    return report
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
     for private in ("node", "python_build", "release"):
         machine_info.pop(private, None)
-    machine_info.update(machine.description())
+    machine_info.update(machine.description() | {"ceilings": config.stash[CEILINGS]})
+
+
+def pytest_benchmark_update_json(config, output_json):
+    output_json["left_out"] = [
+        {"suite": suite, "contender": contender, "reason": reason, "cases": count}
+        for (suite, contender, reason), count in config.stash[LEFT_OUT].items()
+    ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def roof(request):
+    config = request.config
+    if not config.getoption("--benchmark-disable"):
+        config.stash[CEILINGS] = ceilings(tiny(config))
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +140,7 @@ def seeded():
     torch.manual_seed(0)
     yield
     if ON_GPU:
+        gc.collect()  # models are cycles
         torch.cuda.empty_cache()
 
 
@@ -64,37 +152,32 @@ def note(benchmark, request):
         benchmark.group = " ".join(filter(None, (op, str(shape), variant)))
         contender = request.node.callspec.params["contender"]
         benchmark.extra_info |= {"op": op, **shape._asdict(), "variant": variant, "contender": contender}
+        if least := cost(op, shape, variant):
+            benchmark.extra_info |= least._asdict()
 
     return noted
 
 
 @pytest.fixture
-def measure(benchmark, note):
-    """measure(op, build, shape, p, backward): the layer that `build` makes, forward, or forward and backward."""
+def measure_layer(benchmark, note, request):
+    """measure_layer(op, build, shape, p, backward): the module that `build(p)` makes, on x [M, K]."""
 
     def measured(op, build, shape, p, backward):
         note(op, shape, f"p={p}" if p is not None else "")
-        linear = nn.Linear(shape.K, shape.N, bias=False, device=DEVICE, dtype=DTYPE).requires_grad_(False)
-        layer = build(linear, p or 0.0)
+        layer = build(p or 0.0)
         if p is None and not backward:
             layer.eval()  # bitsandbytes lays weights out for inference then
-        leaves = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-        for parameter in leaves:
-            nn.init.normal_(parameter, std=0.02)
-        x = torch.randn(shape.M, shape.K, device=DEVICE, dtype=DTYPE, requires_grad=backward)
-        dy = torch.randn(shape.M, shape.N, device=DEVICE, dtype=DTYPE)
+        measure_step(benchmark, layer, shape.M, shape.K, backward, GRAPH in contender_of(request.node))
 
-        def step():
-            if backward:
-                return torch.autograd.grad(layer(x), [x, *leaves], dy)
-            with torch.no_grad():
-                return layer(x)
+    return measured
 
-        if backward:
-            owned = [x, *layer.parameters(), *layer.buffers(), linear.weight]
-            benchmark.extra_info["saved_bytes"] = saved_bytes(lambda: layer(x), owned)
-        if ON_GPU:
-            benchmark.extra_info["peak_bytes"] = peak_bytes(step)
-        sample(benchmark, step, ON_GPU)
+
+@pytest.fixture
+def measure(measure_layer):
+    """measure(op, build, shape, p, backward): the layer that `build(linear, p)` makes of a frozen linear."""
+
+    def measured(op, build, shape, p, backward):
+        linear = nn.Linear(shape.K, shape.N, bias=False, device=DEVICE, dtype=DTYPE).requires_grad_(False)
+        measure_layer(op, lambda p: build(linear, p), shape, p, backward)
 
     return measured

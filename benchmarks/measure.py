@@ -4,7 +4,10 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 
+from benchmarks.shapes import DEVICE, DTYPE, ON_GPU
+from benchmarks.variants import captured
 from peft_ops.cli.measure import AllocatedBytes
 
 ON_CPU_S, ON_GPU_S, ROUNDS = 0.6, 0.12, (5, 50)
@@ -76,6 +79,30 @@ def sample(benchmark, call: Callable, on_gpu: bool) -> None:
     benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=0 if once > LONG_S else 2)
 
 
+def measure_step(benchmark, layer: nn.Module, rows: int, features: int, backward: bool, graph: bool) -> None:
+    """Time, peak memory and bytes saved of `layer` on a random x [rows, features]: inference, or a training step."""
+    leaves = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    for parameter in leaves:
+        nn.init.normal_(parameter, std=0.02)
+    x = torch.randn(rows, features, device=DEVICE, dtype=DTYPE, requires_grad=backward)
+    with torch.no_grad():
+        dy = torch.randn_like(layer(x))
+
+    def step():
+        if backward:
+            return torch.autograd.grad(layer(x), [x, *leaves], dy)
+        with torch.no_grad():
+            return layer(x)
+
+    step()  # compiled here, if it is
+    if backward:
+        owned = [x, *layer.parameters(), *layer.buffers()]
+        benchmark.extra_info["saved_bytes"] = saved_bytes(lambda: layer(x), owned)
+    if ON_GPU or not hasattr(layer, "_orig_mod"):  # what counts tensors on a CPU makes a compiled layer run eagerly
+        benchmark.extra_info["peak_bytes"] = peak_bytes(step)
+    sample(benchmark, captured(step) if graph else step, ON_GPU)
+
+
 def saved_bytes(call: Callable, exclude: Iterable[torch.Tensor]) -> int:
     """Bytes that autograd keeps after call() beyond the storages of `exclude` (x and parameters), each storage once."""
     owned = {t.untyped_storage().data_ptr() for t in exclude}
@@ -105,3 +132,15 @@ def peak_bytes(call: Callable) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def total_peak_bytes(call: Callable, held: Iterable[torch.Tensor]) -> int:
+    """Most memory in use during a call: on a GPU all that is allocated, on a CPU `held` and what the call makes."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    return sum(storages.values()) + peak_bytes(call)

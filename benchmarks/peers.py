@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.contenders import COMPILED, FLOOR, GRAPH, OURS
+from benchmarks.variants import compiled
 from peft_ops import nf4
 from peft_ops.nn import BottleneckAdapter, DoRALinear, LoRALinear, NF4Linear
 from peft_ops.ops import prefix_attention
@@ -132,10 +134,13 @@ class EagerAdapter(nn.Module):
 
 
 ADAPTER = {"peft-ops": ours_adapter, "eager": eager_adapter, "eager float32": eager_adapter_float32}
-LORA = {"peft-ops": ours_lora, "nn.Linear": frozen_linear, "PEFT": peft_lora, "addmm": addmm_lora}
-NF4_LINEAR = {"peft-ops": ours_nf4, "nn.Linear": frozen_linear, "bitsandbytes": bitsandbytes_linear}
-DORA = {"peft-ops": ours_dora, "LoRA": ours_lora, "nn.Linear": frozen_linear, "PEFT": peft_dora}
-QLORA = {"peft-ops": ours_qlora, "nn.Linear": frozen_linear, "PEFT + bitsandbytes": peft_qlora}
+LORA = {OURS: ours_lora, FLOOR: frozen_linear, "PEFT": peft_lora, "addmm": addmm_lora}
+NF4_LINEAR = {OURS: ours_nf4, FLOOR: frozen_linear, "bitsandbytes": bitsandbytes_linear}
+DORA = {OURS: ours_dora, "LoRA": ours_lora, FLOOR: frozen_linear, "PEFT": peft_dora}
+QLORA = {OURS: ours_qlora, "LoRA": ours_lora, FLOOR: frozen_linear, "PEFT + bitsandbytes": peft_qlora}
+for _layers in (LORA, NF4_LINEAR):
+    _layers |= {name + GRAPH: build for name, build in _layers.items() if name != "addmm"}
+LORA |= {"PEFT" + COMPILED: compiled(peft_lora)}
 
 
 def ours_codec(w: torch.Tensor, nested: bool) -> tuple[Callable, Callable]:

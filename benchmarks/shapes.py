@@ -1,4 +1,4 @@
-"""The shapes measured: M rows of x against a weight [N, K]."""
+"""The shapes measured: M rows of x against a weight [N, K], attention, blocks of a Llama."""
 
 from itertools import product
 from typing import NamedTuple
@@ -22,6 +22,30 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.M}-{self.N}x{self.K}" if self.M else f"{self.N}x{self.K}"
+
+
+class Step(NamedTuple):
+    """A training step of M tokens in sequences of `length`: hidden size K, MLP N, `layers` of `heads`, `kv` of keys."""
+
+    M: int
+    N: int
+    K: int
+    length: int
+    layers: int
+    heads: int
+    kv: int
+    vocabulary: int
+    method: str
+    p: float
+    checkpointed: bool
+
+    def __str__(self) -> str:
+        return f"{self.M}-{self.N}x{self.K}-{self.variant}"
+
+    @property
+    def variant(self) -> str:
+        checkpointed = ", checkpointed" if self.checkpointed else ""
+        return f"{self.method}, p={self.p}, length {self.length}{checkpointed}"
 
 
 class Attention(NamedTuple):
@@ -64,8 +88,8 @@ def linear_shapes(tiny: bool) -> list[Shape]:
         return [Shape(8, *TINY)]
     if not ON_GPU:
         return [Shape(m, *ON_CPU) for m in (1, 16, 1024)]
-    full = [Shape(m, *SQUARE) for m in (1, 16, 128, 1024, 8192, 16384)]
-    return full + [Shape(m, *nk) for nk, m in product(OF_MODELS, (1, 1024, 8192))]
+    full = [Shape(m, *SQUARE) for m in (1, 4, 16, 64, 512, 2048, 8192, 16384)]
+    return full + [Shape(m, *nk) for nk, m in product(OF_MODELS, (1, 16, 512, 8192))]
 
 
 def adapter_shapes(tiny: bool) -> list[Shape]:
@@ -93,3 +117,33 @@ def large_head_shapes(tiny: bool) -> list[Shape]:
 def weight_shapes(tiny: bool) -> list[Shape]:
     """Of a weight alone: M = 0."""
     return [Shape(0, *nk) for nk in ((TINY,) if tiny else (SQUARE, *OF_MODELS) if ON_GPU else (ON_CPU,))]
+
+
+def mlp_shapes(tiny: bool) -> list[Shape]:
+    """Of a gated MLP: M rows, N features inside, K outside; Llama 3's 8B and 70B on a GPU."""
+    if tiny:
+        return [Shape(8, *TINY)]
+    if not ON_GPU:
+        return [Shape(m, 1792, 512) for m in (16, 1024)]
+    return [*(Shape(m, 14336, 4096) for m in (16, 512, 2048, 8192)), Shape(2048, 28672, 8192)]
+
+
+def qkv_shapes(tiny: bool) -> list[Shape]:
+    """Of query, key and value of one x: K features, N of the keys and of the values; the query has K."""
+    if tiny:
+        return [Shape(8, 64, 128)]
+    if not ON_GPU:
+        return [Shape(m, 256, 1024) for m in (16, 1024)]
+    return [*(Shape(m, 1024, 4096) for m in (16, 512, 2048, 8192)), Shape(2048, 1024, 8192)]
+
+
+def step_shapes(tiny: bool) -> list[Step]:
+    """Llama 3's 8B with four of its layers, 8192 tokens a step; on a CPU two small models of its proportions."""
+    if tiny:
+        return [Step(16, 48, 32, 8, 2, 4, 2, 64, *case) for case in (("LoRA", 0.0, False), ("QLoRA", 0.1, True))]
+    cases = list(product(("LoRA", "QLoRA"), (0.0, 0.1), (False, True)))
+    if not ON_GPU:
+        widths = ((256, cases[:2] + cases[4:6]), (512, cases))
+        return [Step(512, d * 7 // 2, d, 256, 4, 8, 2, 2048, *case) for d, some in widths for case in some]
+    of_8b = (4, 32, 8, 128256)
+    return [Step(8192, 14336, 4096, length, *of_8b, *case) for length in (2048, 8192, 512) for case in cases]
