@@ -50,6 +50,20 @@ LAUNCH = {
         "default": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3),
         "gfx": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=2),
     },
+    "linear_few_rows": {
+        "default": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, num_warps=4, num_stages=4),
+        "gfx": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, num_warps=4, num_stages=2),
+        "sm_80": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=256, num_warps=4, num_stages=4),
+        "sm_90": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=256, num_warps=4, num_stages=4),
+        "sm_100": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=256, num_warps=4, num_stages=4),
+    },
+    "linear_few_rows_dx": {  # W is walked across its rows: a wider tile reads whole lines of memory
+        "default": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
+        "gfx": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2),
+    },
+    "sum_splits_low_rank": {
+        "default": dict(BLOCK_M=16, BLOCK_N=32, num_warps=4),
+    },
     "up_project": {
         "default": dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2),
         "fp32": dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
@@ -77,7 +91,6 @@ LAUNCH = {
     "bottleneck_gradient": {"default": dict(BLOCK=1024, num_warps=4)},
 }
 PROGRAMS = 256  # how many programs a split reduction aims at: fixed, so that results do not depend on the GPU
-FUSED_LINEAR_MAX_M = 0  # rows up to which the base GEMM carries the low-rank term; above it, vendor GEMM + one update
 
 
 _arches: dict[torch.device, str] = {}
@@ -102,6 +115,14 @@ def launch(kernel: str, arch: str, dtype: torch.dtype) -> dict[str, int]:
         if key in table:
             return table[key]
     return table["default"]
+
+
+def linear_route(rows: int, out: int, k: int, dtype: torch.dtype, arch: str) -> str:
+    """How a dense x Wᵀ [rows, out] over k gets its low-rank term: "vendor" (its GEMM, then an update in place), "few
+    rows" (two launches with the down-projection) or "fused" (one GEMM with the term inside). The last two sum in
+    another order than the vendor, so that B = 0 no longer equals the base to the bit: none until a table asks for it.
+    """
+    return "vendor"
 
 
 def fp32_precision(arch: str) -> str:

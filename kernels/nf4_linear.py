@@ -114,15 +114,27 @@ def _sum_splits_kernel(part_ptr, bias_ptr, y_ptr, n, N, SPLITS: tl.constexpr, BL
 
 def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tensor:
     """See peft_ops.reference.nf4_linear."""
-    M, (N, K) = x.shape[0], weight.shape
-    if min(N, K) == 0 or K % weight.blocksize or not configs.nf4_fused(M, N, x.dtype):
+    if not _decodes_inside(x, weight):
         return _slab_linear(x, weight, bias)
+    parts = _linear_parts(x, weight, bias, x.dtype)
+    return parts[0] if parts.shape[0] == 1 else _sum_splits(parts, bias, x.dtype)
+
+
+def _decodes_inside(x: torch.Tensor, weight) -> bool:
+    """Whether y = x deq(W)ᵀ decodes W inside the GEMM."""
+    M, (N, K) = x.shape[0], weight.shape
+    return min(N, K) > 0 and K % weight.blocksize == 0 and configs.nf4_fused(M, N, x.dtype)
+
+
+def _linear_parts(x: torch.Tensor, weight, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """[splits, M, N]: y alone in `dtype` with its bias, or float32 parts of the sum, without."""
+    M, (N, K) = x.shape[0], weight.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     arch = configs.arch_of(x.device)
     config = configs.nf4_linear("nf4_linear", M, arch, x.dtype)
     grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))
     splits, split_k = configs.nf4_splits(grid, K, config["BLOCK_K"])
-    y = x.new_empty(M, N) if splits == 1 else x.new_empty(splits, M, N, dtype=torch.float32)
+    y = x.new_empty(splits, M, N, dtype=dtype if splits == 1 else torch.float32)
     bias_ptr = x if bias is None else bias.contiguous()
     with device_guard(x):
         _nf4_linear_kernel[(*grid, splits)](
@@ -131,7 +143,7 @@ def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tens
             BIAS=bias is not None and splits == 1, PRECISION=configs.fp32_precision(arch), enable_fp_fusion=False,
             **config,
         )  # fmt: skip
-    return y if splits == 1 else _sum_splits(y, bias, x.dtype)
+    return y
 
 
 def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:

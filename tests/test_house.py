@@ -83,6 +83,7 @@ SHARED = {
     "__init__.py",
     "configs.py",
     "launch.py",
+    "linear_few_rows.py",
     "logits.py",
     "nf4_tables.py",
     "tiles.py",
