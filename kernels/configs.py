@@ -94,6 +94,7 @@ PROGRAMS = 256  # how many programs a split reduction aims at: fixed, so that re
 
 
 _arches: dict[torch.device, str] = {}
+_multiprocessors: dict[torch.device, int] = {}
 
 
 def arch_of(device: torch.device) -> str:
@@ -105,6 +106,15 @@ def arch_of(device: torch.device) -> str:
         amd = properties.gcnArchName.split(":")[0] if torch.version.hip else ""
         _arches[device] = amd or f"sm_{properties.major}{properties.minor}"
     return _arches[device]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a persistent kernel a device runs at once; 3 where there is no GPU."""
+    if device.type != "cuda":
+        return 3
+    if device not in _multiprocessors:
+        _multiprocessors[device] = torch.cuda.get_device_properties(device).multi_processor_count
+    return _multiprocessors[device]
 
 
 def launch(kernel: str, arch: str, dtype: torch.dtype) -> dict[str, int]:
@@ -119,8 +129,9 @@ def launch(kernel: str, arch: str, dtype: torch.dtype) -> dict[str, int]:
 
 def linear_route(rows: int, out: int, k: int, dtype: torch.dtype, arch: str) -> str:
     """How a dense x Wᵀ [rows, out] over k gets its low-rank term: "vendor" (its GEMM, then an update in place), "few
-    rows" (two launches with the down-projection) or "fused" (one GEMM with the term inside). The last two sum in
-    another order than the vendor, so that B = 0 no longer equals the base to the bit: none until a table asks for it.
+    rows" (two launches with the down-projection), "fused" (one GEMM with the term inside) or "tma" (the same for Hopper
+    and Blackwell; "fused" where it cannot). All but the first sum in another order than the vendor, so that B = 0 no
+    longer equals the base to the bit: none is taken until a table asks for it.
     """
     return "vendor"
 
@@ -149,6 +160,24 @@ def splits(programs: int, steps: int, least: int = 4) -> int:
     """Into how many parts to cut a reduction of `steps` so that `programs` of them fill a GPU; none below `least`."""
     wanted = PROGRAMS // max(1, programs)
     return max(1, min(wanted, steps // least))
+
+
+# Two consumer warp groups; "wide" where there are tiles enough to fill a GPU and the operands of the low-rank product
+# fit beside: up to these ranks without and with dropout. Blackwell has no tensor memory left to FLATTEN a wide tile.
+LINEAR_TMA = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, SUBTILES=1, num_warps=8, num_stages=3)
+LINEAR_TMA_WIDE = {"sm_9": dict(BLOCK_N=256, SUBTILES=2), "sm_10": dict(BLOCK_N=256)}
+LINEAR_TMA_WIDE_RANK = (32, 16)
+LINEAR_TMA_RANK = 64  # the rank is one step
+
+
+def linear_tma(rows: int, out: int, rank: int, dropout: bool, arch: str) -> dict[str, int]:
+    """Launch configuration of the persistent GEMM."""
+    tiles, blackwell = -(-rows // 128) * -(-out // 256), arch.startswith("sm_10")
+    wide = tiles >= PROGRAMS // 2 and rank <= LINEAR_TMA_WIDE_RANK[dropout]
+    return {
+        **LINEAR_TMA, **(LINEAR_TMA_WIDE["sm_10" if blackwell else "sm_9"] if wide else {}),
+        "BLOCK_R": covering(rank), "FLATTEN": not dropout and not (wide and blackwell),
+    }  # fmt: skip
 
 
 NF4_TILES = {  # elements and warps of a program that walks blocks

@@ -84,6 +84,7 @@ SHARED = {
     "configs.py",
     "launch.py",
     "linear_few_rows.py",
+    "linear_tma.py",
     "logits.py",
     "nf4_tables.py",
     "tiles.py",

@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
+TENSOR_MEMORY = 512  # columns, sm_100
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 MARK = "aot: "  # of the lines that conftest.py gathers into a table
@@ -50,7 +51,8 @@ def assert_lean(kernel, signature, constexprs, arch, *, dot, divisible=True, ten
 
     tensor_core: another instruction to ask for than the architecture's best (HMMA where a tile is too small for HGMMA).
     """
-    cost = resources(compile_for(kernel, signature, constexprs, arch, divisible=divisible, **options), arch)
+    compiled = compile_for(kernel, signature, constexprs, arch, divisible=divisible, **options)
+    cost = resources(compiled, arch)
     types = "/".join(dict.fromkeys(kind.strip("*") for kind in signature.values() if kind.startswith("*")))
     flags = " ".join(f"{key}={value}" for key, value in {**constexprs, **options}.items() if key != "stride")
     units = ", ".join(f"{op} {n}" for op, n in cost["instructions"].items())
@@ -60,6 +62,7 @@ def assert_lean(kernel, signature, constexprs, arch, *, dot, divisible=True, ten
     )
     assert cost["shared"] <= SHARED_LIMIT[arch], cost
     assert cost["spills"] == 0, cost
+    assert getattr(compiled.metadata, "tmem_size", 0) <= TENSOR_MEMORY, compiled.metadata
     wanted = tensor_core or TENSOR_CORE[arch]
     assert not dot or any(op.startswith(wanted) for op in cost["instructions"]), f"no {wanted}: {cost['instructions']}"
     return cost

@@ -7,6 +7,7 @@ from peft_ops.kernels import configs
 from peft_ops.kernels.down_project import _down_project_da_kernel, _down_project_kernel
 from peft_ops.kernels.linear_few_rows import _linear_few_rows_kernel, _sum_splits_low_rank_kernel
 from peft_ops.kernels.linear_low_rank import _linear_low_rank_kernel
+from peft_ops.kernels.linear_tma import _linear_tma_kernel
 from peft_ops.kernels.low_rank import _low_rank_gradients_kernel, _low_rank_update_kernel
 from resources import ARCHES, assert_lean
 
@@ -109,6 +110,25 @@ def test_sum_splits_low_rank(arch, rank, dtype):
     flags = dict(SPLITS=8, PARTS=16, BIAS=True, PRECISION=configs.update_precision(arch, TORCH[dtype]))
     lean(_sum_splits_low_rank_kernel, arch, dtype, "fp32", rank, BLOCK_R=rank,
          tensor_core=few_rows_unit(arch), **flags)  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("rank", [16, 32, 64])
+@pytest.mark.parametrize("rows", [128, 8192])
+@pytest.mark.parametrize("form", ["y", "dx", "dx with dropout"])
+def test_linear_tma(arch, rank, rows, form):
+    """Narrow tiles and wide ones; W by rows for y, by columns for dx; operands come by TMA and y goes by it."""
+    dropout, by_rows, unit = form == "dx with dropout", form == "y", "stride_br" if form == "y" else "stride_bn"
+    config = configs.linear_tma(rows, 4096, rank, dropout, arch)
+    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+    constants = dict(config, ROWS=by_rows, BIAS=by_rows, DROPOUT=dropout, PRECISION="tf32", **{unit: 1})
+    m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    tile = lambda rows, columns: f"tensordesc<bf16[{rows}, {columns}]>"
+    signature = signature_of(_linear_tma_kernel, "bf16", "fp32", (unit,)) | dict(
+        x_desc=tile(m, k), w_desc=tile(n, k) if by_rows else tile(k, n), y_desc=tile(m, n // config["SUBTILES"])
+    )
+    cost = assert_lean(_linear_tma_kernel, signature, constants, arch, dot=True, **options)
+    assert {"UTMALDG", "UTMASTG"} <= set(cost["instructions"])
 
 
 def few_rows_unit(arch):

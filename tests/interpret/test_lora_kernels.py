@@ -6,7 +6,7 @@ import torch
 from far import far_rows
 from numerics import assert_as_accurate
 from peft_ops import nf4
-from peft_ops.kernels import configs, down_project, linear_few_rows, linear_low_rank, low_rank, nf4_linear
+from peft_ops.kernels import configs, down_project, linear_few_rows, linear_low_rank, linear_tma, low_rank, nf4_linear
 from peft_ops.reference import down_project as reference_down
 from peft_ops.reference import linear_low_rank as reference_linear
 from peft_ops.reference import low_rank as reference_low_rank
@@ -21,7 +21,7 @@ def random(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("M", [1, 70])
-@pytest.mark.parametrize("route", ["fused", "few rows"])
+@pytest.mark.parametrize("route", ["fused", "few rows", "tma"])
 def test_routes(monkeypatch, route, dtype, p, M):
     """The routes that no table takes yet: the low-rank term inside the GEMM."""
     monkeypatch.setattr(configs, "linear_route", lambda *_: route)
@@ -53,11 +53,42 @@ def launched(monkeypatch):
             names.append(self.name)
             return self.kernel[grid]
 
-    for module in (down_project, linear_few_rows, linear_low_rank, low_rank, nf4_linear):
+    for module in (down_project, linear_few_rows, linear_low_rank, linear_tma, low_rank, nf4_linear):
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel") and value.fn.__module__ == module.__name__:
                 monkeypatch.setattr(module, name, Kernel(value, name))
     return names
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rank", "p"), [(1, 0.0), (20, 0.4), (64, 0.0)])
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 8, 8), (70, 136, 72), (300, 72, 136), (259, 72, 520)])
+def test_tma(monkeypatch, launched, M, K, N, rank, p, dtype):
+    """Rows that start at multiples of 16 bytes; one tile or several a program, narrow and wide, tails everywhere."""
+    monkeypatch.setattr(configs, "linear_route", lambda *_: "tma")
+    monkeypatch.setattr(configs, "PROGRAMS", 16)
+    x, w, bias = random(M, K, dtype=dtype), (random(N, K) / K**0.5).to(dtype), random(N, dtype=dtype)
+    s, b, a = random(M, rank), random(N, rank), random(rank, K)
+    exact = [t.double() for t in (x, w, bias, s, b)]
+    y = linear_low_rank.linear_low_rank(x, w, bias, s, b, 0.5)
+    same = reference_linear.linear_low_rank(x, w, bias, s, b, 0.5)
+    assert_as_accurate("y", y, same, reference_linear.linear_low_rank(*exact, 0.5))
+    dx = linear_low_rank.linear_low_rank_dx(same, w, s, a, p, SEED)
+    wide = reference_linear.linear_low_rank_dx(same.double(), exact[1], s.double(), a.double(), p, SEED)
+    assert_as_accurate("dx", dx, reference_linear.linear_low_rank_dx(same, w, s, a, p, SEED), wide, times=3.0)
+    assert launched == ["_linear_tma_kernel"] * 2
+
+
+def test_tma_takes_aligned_tensors_alone(monkeypatch, launched):
+    monkeypatch.setattr(configs, "linear_route", lambda *_: "tma")
+    w = random(72, 64).half()
+    for x, rank in ((random(5, 65).half()[:, 1:], 3), (random(64, 5).half().t(), 3), (random(5, 64).half(), 65)):
+        s, b = random(5, rank), random(72, rank)
+        y = linear_low_rank.linear_low_rank(x, w, None, s, b, 0.5)
+        same = reference_linear.linear_low_rank(x, w, None, s, b, 0.5)
+        exact = reference_linear.linear_low_rank(x.double(), w.double(), None, s.double(), b.double(), 0.5)
+        assert_as_accurate("y", y, same, exact)
+    assert launched == ["_linear_low_rank_kernel"] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
