@@ -180,10 +180,15 @@ def linear_tma(rows: int, out: int, rank: int, dropout: bool, arch: str) -> dict
     }  # fmt: skip
 
 
+def nf4_shuffle(device: torch.device) -> bool:
+    """Whether NF4 levels come from the registers of a warp: inline PTX, which neither AMD nor the interpreter knows."""
+    return arch_of(device).startswith("sm_")
+
+
 NF4_TILES = {  # elements and warps of a program that walks blocks
     "nf4_quantize": dict(elements=4096, num_warps=8),
     "absmax_quantize": dict(elements=1024, num_warps=4),
-    "nf4_dequantize": dict(elements=4096, num_warps=4),
+    "nf4_dequantize": dict(elements=8192, num_warps=4),
 }
 
 
@@ -194,21 +199,25 @@ def nf4_blocks(kernel: str, blocksize: int) -> dict[str, int]:
 
 
 # By the rows that a tile holds; W is decoded in tiles of BLOCK_N x BLOCK_K. "mma": where the matrix unit takes both
-# operands from registers, so that fewer are left (sm_8x, sm_12x).
+# operands from registers, so that fewer are left (sm_8x, sm_12x), for few rows and for more.
 NF4_LINEAR = {
     "nf4_linear": {
-        16: dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
-        32: dict(BLOCK_M=32, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
+        16: dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=4),
+        32: dict(BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=3),
         64: dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
-        "mma": dict(BLOCK_N=64),
+        128: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=3),
+        "mma few": dict(BLOCK_K=64),
+        "mma": dict(BLOCK_N=64, BLOCK_K=64),
         "gfx": dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2),
         "fp32": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
     },
     "nf4_linear_dx": {
         16: dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
         32: dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
-        64: dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
-        "mma": dict(BLOCK_N=64),
+        64: dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=3),
+        128: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=3),
+        "mma few": dict(BLOCK_N=64, BLOCK_K=128),
+        "mma": dict(BLOCK_N=64, BLOCK_K=128),
         "gfx": dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2),
         "fp32": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=3),
     },
@@ -222,10 +231,13 @@ NF4_SLAB_BYTES = 32 << 20  # of decoded weights at once: stays in the L2 cache o
 def nf4_linear(kernel: str, rows: int, arch: str, dtype: torch.dtype) -> dict[str, int]:
     """Launch configuration of a fused NF4 kernel for `rows` rows of x."""
     table = NF4_LINEAR[kernel]
-    fit = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    fit = next((most for most in (16, 32, 64) if rows <= most), 128)
+    if kernel == "nf4_linear_dx" and arch.startswith(("sm_9", "sm_10")):  # a warp group's instruction has 64 rows of dy
+        fit = max(fit, 64)
+    mma = "mma few" if fit <= 32 else "mma"
     return {
         **table[fit],
-        **table.get("gfx" if arch.startswith("gfx") else "mma" if arch.startswith(("sm_8", "sm_12")) else "", {}),
+        **table.get("gfx" if arch.startswith("gfx") else mma if arch.startswith(("sm_8", "sm_12")) else "", {}),
         **(table["fp32"] if dtype == torch.float32 else {}),
     }
 

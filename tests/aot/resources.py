@@ -73,15 +73,23 @@ def _run(tool, *arguments):
     return done.stdout + done.stderr
 
 
-def _nvidia_resources(compiled):
+def sass(compiled):
+    """The machine code of a kernel for NVIDIA, as text."""
+    return _of_cubin(compiled, "nvdisasm", "-c")
+
+
+def _of_cubin(compiled, tool, *arguments):
     with tempfile.TemporaryDirectory() as folder:
         cubin = os.path.join(folder, "k.cubin")
         with open(cubin, "wb") as f:
             f.write(compiled.asm["cubin"])
-        usage = re.search(r"REG:(\d+)", _run("cuobjdump", "--dump-resource-usage", cubin))
-        sass = _run("nvdisasm", "-c", cubin)
+        return _run(tool, *arguments, cubin)
+
+
+def _nvidia_resources(compiled):
+    usage = re.search(r"REG:(\d+)", _of_cubin(compiled, "cuobjdump", "--dump-resource-usage"))
     assert usage, f"no resource usage for {compiled.name}"
-    mnemonics = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass, re.M)
+    mnemonics = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass(compiled), re.M)
     return dict(
         registers=int(usage.group(1)), shared=compiled.metadata.shared,
         spills=mnemonics.count("LDL") + mnemonics.count("STL"), instructions=_telling(mnemonics),

@@ -147,8 +147,12 @@ def test_lora_embedding(captured):
 
 
 @pytest.mark.unpoisoned
-def test_nf4_linear(captured):
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_nf4_linear(captured, monkeypatch, shuffle):
+    """With the inline PTX of NVIDIA too."""
     names, compiled = captured
+    configs = _backend.implementation("nf4_linear", torch.empty(0)).configs
+    monkeypatch.setattr(configs, "nf4_shuffle", lambda device: shuffle)
     weight, x = nf4_weight(torch.randn(32, 64)), torch.randn(200, 64, requires_grad=True)
     compiled(lambda x: ops.nf4_linear(x, weight, None))(x).sum().backward()
     assert sum(name.startswith("_nf4") for name in names) >= 2
