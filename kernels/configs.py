@@ -50,6 +50,20 @@ LAUNCH = {
         "default": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3),
         "gfx": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=2),
     },
+    "linear_few_rows": {
+        "default": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, num_warps=4, num_stages=4),
+        "gfx": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, num_warps=4, num_stages=2),
+        "sm_80": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=256, num_warps=4, num_stages=4),
+        "sm_90": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=256, num_warps=4, num_stages=4),
+        "sm_100": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=256, num_warps=4, num_stages=4),
+    },
+    "linear_few_rows_dx": {  # W is walked across its rows: a wider tile reads whole lines of memory
+        "default": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
+        "gfx": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2),
+    },
+    "sum_splits_low_rank": {
+        "default": dict(BLOCK_M=16, BLOCK_N=32, num_warps=4),
+    },
     "up_project": {
         "default": dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2),
         "fp32": dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
@@ -77,10 +91,10 @@ LAUNCH = {
     "bottleneck_gradient": {"default": dict(BLOCK=1024, num_warps=4)},
 }
 PROGRAMS = 256  # how many programs a split reduction aims at: fixed, so that results do not depend on the GPU
-FUSED_LINEAR_MAX_M = 0  # rows up to which the base GEMM carries the low-rank term; above it, vendor GEMM + one update
 
 
 _arches: dict[torch.device, str] = {}
+_multiprocessors: dict[torch.device, int] = {}
 
 
 def arch_of(device: torch.device) -> str:
@@ -94,6 +108,15 @@ def arch_of(device: torch.device) -> str:
     return _arches[device]
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a persistent kernel a device runs at once; 3 where there is no GPU."""
+    if device.type != "cuda":
+        return 3
+    if device not in _multiprocessors:
+        _multiprocessors[device] = torch.cuda.get_device_properties(device).multi_processor_count
+    return _multiprocessors[device]
+
+
 def launch(kernel: str, arch: str, dtype: torch.dtype) -> dict[str, int]:
     """Block sizes, num_warps and num_stages of a kernel for operands of `dtype` on an architecture."""
     table = LAUNCH[kernel]
@@ -102,6 +125,15 @@ def launch(kernel: str, arch: str, dtype: torch.dtype) -> dict[str, int]:
         if key in table:
             return table[key]
     return table["default"]
+
+
+def linear_route(rows: int, out: int, k: int, dtype: torch.dtype, arch: str) -> str:
+    """How a dense x Wᵀ [rows, out] over k gets its low-rank term: "vendor" (its GEMM, then an update in place), "few
+    rows" (two launches with the down-projection), "fused" (one GEMM with the term inside) or "tma" (the same for Hopper
+    and Blackwell; "fused" where it cannot). All but the first sum in another order than the vendor, so that B = 0 no
+    longer equals the base to the bit: none is taken until a table asks for it.
+    """
+    return "vendor"
 
 
 def fp32_precision(arch: str) -> str:
@@ -130,10 +162,33 @@ def splits(programs: int, steps: int, least: int = 4) -> int:
     return max(1, min(wanted, steps // least))
 
 
+# Two consumer warp groups; "wide" where there are tiles enough to fill a GPU and the operands of the low-rank product
+# fit beside: up to these ranks without and with dropout. Blackwell has no tensor memory left to FLATTEN a wide tile.
+LINEAR_TMA = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, SUBTILES=1, num_warps=8, num_stages=3)
+LINEAR_TMA_WIDE = {"sm_9": dict(BLOCK_N=256, SUBTILES=2), "sm_10": dict(BLOCK_N=256)}
+LINEAR_TMA_WIDE_RANK = (32, 16)
+LINEAR_TMA_RANK = 64  # the rank is one step
+
+
+def linear_tma(rows: int, out: int, rank: int, dropout: bool, arch: str) -> dict[str, int]:
+    """Launch configuration of the persistent GEMM."""
+    tiles, blackwell = -(-rows // 128) * -(-out // 256), arch.startswith("sm_10")
+    wide = tiles >= PROGRAMS // 2 and rank <= LINEAR_TMA_WIDE_RANK[dropout]
+    return {
+        **LINEAR_TMA, **(LINEAR_TMA_WIDE["sm_10" if blackwell else "sm_9"] if wide else {}),
+        "BLOCK_R": covering(rank), "FLATTEN": not dropout and not (wide and blackwell),
+    }  # fmt: skip
+
+
+def nf4_shuffle(device: torch.device) -> bool:
+    """Whether NF4 levels come from the registers of a warp: inline PTX, which neither AMD nor the interpreter knows."""
+    return arch_of(device).startswith("sm_")
+
+
 NF4_TILES = {  # elements and warps of a program that walks blocks
     "nf4_quantize": dict(elements=4096, num_warps=8),
     "absmax_quantize": dict(elements=1024, num_warps=4),
-    "nf4_dequantize": dict(elements=4096, num_warps=4),
+    "nf4_dequantize": dict(elements=8192, num_warps=4),
 }
 
 
@@ -144,21 +199,25 @@ def nf4_blocks(kernel: str, blocksize: int) -> dict[str, int]:
 
 
 # By the rows that a tile holds; W is decoded in tiles of BLOCK_N x BLOCK_K. "mma": where the matrix unit takes both
-# operands from registers, so that fewer are left (sm_8x, sm_12x).
+# operands from registers, so that fewer are left (sm_8x, sm_12x), for few rows and for more.
 NF4_LINEAR = {
     "nf4_linear": {
-        16: dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
-        32: dict(BLOCK_M=32, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
+        16: dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=4),
+        32: dict(BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=3),
         64: dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
-        "mma": dict(BLOCK_N=64),
+        128: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=3),
+        "mma few": dict(BLOCK_K=64),
+        "mma": dict(BLOCK_N=64, BLOCK_K=64),
         "gfx": dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2),
         "fp32": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
     },
     "nf4_linear_dx": {
         16: dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
         32: dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
-        64: dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
-        "mma": dict(BLOCK_N=64),
+        64: dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=3),
+        128: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=3),
+        "mma few": dict(BLOCK_N=64, BLOCK_K=128),
+        "mma": dict(BLOCK_N=64, BLOCK_K=128),
         "gfx": dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2),
         "fp32": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=3),
     },
@@ -172,10 +231,13 @@ NF4_SLAB_BYTES = 32 << 20  # of decoded weights at once: stays in the L2 cache o
 def nf4_linear(kernel: str, rows: int, arch: str, dtype: torch.dtype) -> dict[str, int]:
     """Launch configuration of a fused NF4 kernel for `rows` rows of x."""
     table = NF4_LINEAR[kernel]
-    fit = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    fit = next((most for most in (16, 32, 64) if rows <= most), 128)
+    if kernel == "nf4_linear_dx" and arch.startswith(("sm_9", "sm_10")):  # a warp group's instruction has 64 rows of dy
+        fit = max(fit, 64)
+    mma = "mma few" if fit <= 32 else "mma"
     return {
         **table[fit],
-        **table.get("gfx" if arch.startswith("gfx") else "mma" if arch.startswith(("sm_8", "sm_12")) else "", {}),
+        **table.get("gfx" if arch.startswith("gfx") else mma if arch.startswith(("sm_8", "sm_12")) else "", {}),
         **(table["fp32"] if dtype == torch.float32 else {}),
     }
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from . import configs
 from .launch import device_guard
-from .nf4 import _weight_arguments
+from .nf4 import _nf4_lookup, _weight_arguments
 from .nf4_linear import _decoded_slabs, _nf4_tile, nf4_linear
 from .tiles import low_rank_tile
 
@@ -49,15 +49,16 @@ def _nf4_dora_norm_kernel(
     stride_ar, stride_ak, stride_bn,
     scaling, floor,
     BLOCKSIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    SPLITS: tl.constexpr, NESTED: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same for W in NF4 whose rows end with a block, decoded in float32; even and odd columns apart."""
+    lookup = _nf4_lookup(pairs_ptr, SHUFFLE)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(tl.program_id(1) * BLOCK_K, K, BLOCK_K * SPLITS):
         even, odd = _nf4_tile(
-            packed_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, pairs_ptr, n, N, start, K,
-            BLOCKSIZE, BLOCK_N, BLOCK_K, NESTED, tl.float32,
+            packed_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, lookup, n, N, start, K,
+            BLOCKSIZE, BLOCK_N, BLOCK_K, NESTED, SHUFFLE, False, tl.float32,
         )  # fmt: skip
         even += low_rank_tile(
             b_ptr, a_ptr, b_ptr, n, start // 2, N, K // 2, R, stride_bn, 2 * stride_ak, stride_ar, scaling, 0,
@@ -162,7 +163,8 @@ def _nf4_norm(weight, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch
         _nf4_dora_norm_kernel[blocks, parts](
             *_weight_arguments(weight), a, b, norm, N, K, R, *a.stride(), R, scaling, NORM_FLOOR,
             BLOCKSIZE=weight.blocksize, NESTED=weight.absmax is None, SPLITS=parts,
-            PRECISION=configs.fp32_precision(arch), enable_fp_fusion=False, **config,
+            SHUFFLE=configs.nf4_shuffle(a.device), PRECISION=configs.fp32_precision(arch), enable_fp_fusion=False,
+            **config,
         )  # fmt: skip
     return _total_norm(norm)
 

@@ -69,7 +69,13 @@ def _down_project_da_kernel(
 
 
 def down_project(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
-    """See peft_ops.reference.down_project."""
+    """See peft_ops.reference.down_project; the parts are added in a fixed order."""
+    s = _down_project_parts(x, a, p, seed)
+    return s[0] if s.shape[0] == 1 else s.sum(0)
+
+
+def _down_project_parts(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
+    """[parts, M, R]: partial sums of s."""
     (M, K), R = x.shape, a.shape[0]
     arch = configs.arch_of(x.device)
     config, block_r = configs.launch("down_project", arch, x.dtype), configs.block_r(R, arch, x.dtype)
@@ -77,14 +83,14 @@ def down_project(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor 
     parts = configs.splits(blocks[0] * blocks[1], triton.cdiv(K, config["BLOCK_K"]))
     s = x.new_empty(parts, M, R, dtype=torch.float32)
     if M == 0 or K == 0 or p >= 1.0:
-        return s[0].zero_()
+        return s[:1].zero_()
     seed_ptr, threshold, keep_scale = dropout_arguments(p, seed, x)
     with device_guard(x):
         _down_project_kernel[(*blocks, parts)](
             x, a, s, seed_ptr, M, K, R, *x.stride(), *a.stride(), s.stride(0), R, threshold, keep_scale,
             BLOCK_R=block_r, SPLITS=parts, DROPOUT=p > 0.0, PRECISION=configs.fp32_precision(arch), **config,
         )  # fmt: skip
-    return s[0] if parts == 1 else s.sum(0)
+    return s
 
 
 def down_project_da(ds: torch.Tensor, x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:

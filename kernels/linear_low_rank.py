@@ -1,7 +1,8 @@
 """A linear layer with its low-rank term: y = x Wᵀ + bias + scaling · s bᵀ, and dx = dy W + drop'(ds a).
 
-Two routes, chosen by `configs.FUSED_LINEAR_MAX_M`: one GEMM that carries the low-rank term as a last step of its
-reduction, or the vendor's GEMM (an NF4 weight: `nf4_linear`) and one in-place update.
+Routes over a dense W, chosen by `configs.linear_route`: the vendor's GEMM and one in-place update, one GEMM that opens
+its accumulator with the low-rank term, `linear_tma` or `linear_few_rows`. An NF4 weight goes to `linear_few_rows` where
+it is decoded inside the GEMM, to `nf4_linear` and one update otherwise.
 """
 
 import torch
@@ -9,9 +10,12 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .down_project import _down_project_parts, down_project
 from .launch import device_guard, dropout_arguments
+from .linear_few_rows import _few_rows_linear
+from .linear_tma import _tma_linear, _tma_takes
 from .low_rank import low_rank_update_
-from .nf4_linear import nf4_linear, nf4_linear_dx
+from .nf4_linear import _decodes_inside, nf4_linear, nf4_linear_dx
 from .tiles import grouped_order, low_rank_tile
 
 
@@ -45,12 +49,26 @@ def _linear_low_rank_kernel(
              mask=(m[:, None] < M) & (n[None, :] < N))  # fmt: skip
 
 
+def lora_linear(
+    x: torch.Tensor, weight, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scaling: float, p: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """See peft_ops.reference.linear_low_rank."""
+    if _route(x, weight, a.shape[0]) == "few rows":
+        return _few_rows_linear(x, weight, bias, _down_project_parts(x, a, p, seed), b, scaling, 0.0, None)
+    s = down_project(x, a, p, seed)
+    return linear_low_rank(x, weight, bias, s, b, scaling), s
+
+
 def linear_low_rank(
     x: torch.Tensor, weight, bias: torch.Tensor | None, s: torch.Tensor, b: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """See peft_ops.reference.linear_low_rank."""
-    if _fused(x, weight):
-        return _fused_linear(x, weight, bias, s, b, scaling, 0.0, None)
+    route = _route(x, weight, s.shape[1])
+    if route == "few rows":
+        return _few_rows_linear(x, weight, bias, s[None], b, scaling, 0.0, None)[0]
+    if route in _GEMMS:
+        return _GEMMS[route](x, weight, bias, s, b, scaling, 0.0, None)
     if isinstance(weight, torch.Tensor):
         bias = None if bias is None else bias.to(x.dtype)
         y = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
@@ -63,17 +81,25 @@ def linear_low_rank_dx(
     dy: torch.Tensor, weight, ds: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor | None
 ) -> torch.Tensor:
     """See peft_ops.reference.linear_low_rank."""
-    if _fused(dy, weight) and p < 1.0:
-        return _fused_linear(dy, weight.t(), None, ds, a.t(), 1.0, p, seed)
-    dx = dy @ weight.to(dy.dtype) if isinstance(weight, torch.Tensor) else nf4_linear_dx(dy, weight)
-    return low_rank_update_(dx, ds, a.t(), 1.0, p, seed)
+    if not isinstance(weight, torch.Tensor):
+        return low_rank_update_(nf4_linear_dx(dy, weight), ds, a.t(), 1.0, p, seed)
+    route = "vendor" if p >= 1.0 else _route(dy, weight.t(), ds.shape[1])
+    if route == "few rows":
+        return _few_rows_linear(dy, weight.t(), None, ds[None], a.t(), 1.0, p, seed)[0]
+    if route in _GEMMS:
+        return _GEMMS[route](dy, weight.t(), None, ds, a.t(), 1.0, p, seed)
+    return low_rank_update_(dy @ weight.to(dy.dtype), ds, a.t(), 1.0, p, seed)
 
 
-def _fused(x: torch.Tensor, weight) -> bool:
-    return (
-        isinstance(weight, torch.Tensor) and weight.dtype == x.dtype != torch.float32
-        and x.shape[0] <= configs.FUSED_LINEAR_MAX_M
-    )  # fmt: skip
+def _route(x: torch.Tensor, weight, rank: int) -> str:
+    """How y = x Wᵀ and its low-rank term are made; float32 and mixed dtypes have no kernel here."""
+    if not isinstance(weight, torch.Tensor):
+        return "few rows" if _decodes_inside(x, weight) else "vendor"
+    if not weight.dtype == x.dtype != torch.float32:
+        return "vendor"
+    (N, K), arch = weight.shape, configs.arch_of(x.device)
+    route = configs.linear_route(x.shape[0], N, K, x.dtype, arch)
+    return "fused" if route == "tma" and not _tma_takes(x, weight, rank) else route
 
 
 def _fused_linear(x, weight, bias, s, b, scaling, p, seed) -> torch.Tensor:
@@ -91,3 +117,6 @@ def _fused_linear(x, weight, bias, s, b, scaling, p, seed) -> torch.Tensor:
             BIAS=bias is not None, DROPOUT=p > 0.0, PRECISION=configs.update_precision(arch, x.dtype), **config,
         )  # fmt: skip
     return y
+
+
+_GEMMS = {"fused": _fused_linear, "tma": _tma_linear}  # with the low-rank term inside

@@ -9,23 +9,81 @@ from . import configs
 from .launch import device_guard
 from .nf4_tables import NESTED_BLOCKSIZE, nf4_tables
 
+# PTX: $8 four bytes, $9 level lane % 16; $0 to $3 the levels of high nibbles, $4 to $7 of low ones. 0x101f makes two
+# segments of 16 lanes, so that of an index only four bits count.
+LEVELS_OF_4_BYTES = tl.constexpr("""{
+    .reg .b32 n<8>;
+    shr.u32 n1, $8, 4;
+    shr.u32 n2, $8, 8;
+    shr.u32 n3, $8, 12;
+    shr.u32 n4, $8, 16;
+    shr.u32 n5, $8, 20;
+    shr.u32 n6, $8, 24;
+    shr.u32 n7, $8, 28;
+    shfl.sync.idx.b32 $0, $9, n1, 0x101f, 0xffffffff;
+    shfl.sync.idx.b32 $1, $9, n3, 0x101f, 0xffffffff;
+    shfl.sync.idx.b32 $2, $9, n5, 0x101f, 0xffffffff;
+    shfl.sync.idx.b32 $3, $9, n7, 0x101f, 0xffffffff;
+    shfl.sync.idx.b32 $4, $9, $8, 0x101f, 0xffffffff;
+    shfl.sync.idx.b32 $5, $9, n2, 0x101f, 0xffffffff;
+    shfl.sync.idx.b32 $6, $9, n4, 0x101f, 0xffffffff;
+    shfl.sync.idx.b32 $7, $9, n6, 0x101f, 0xffffffff;
+    }""")
+
 
 @triton.jit
-def _nf4_pair(byte, pairs_ptr):
-    """(high, low): the float32 levels of a byte's nibbles, from a table of 256 pairs."""
-    pair = tl.load(pairs_ptr + byte.to(tl.int32))
-    high, low = (pair & 0xFFFFFFFF).to(tl.int32), (pair >> 32).to(tl.int32)
-    return high.to(tl.float32, bitcast=True), low.to(tl.float32, bitcast=True)
+def _nf4_lookup(pairs_ptr, SHUFFLE: tl.constexpr):
+    """What `_nf4_pair` looks levels up in: the table of pairs or, with SHUFFLE, level lane % 16 in a register."""
+    if SHUFFLE:
+        lookup = tl.inline_asm_elementwise(  # the second level of pair lane % 16
+            """{
+            .reg .b32 lane; .reg .b64 at;
+            mov.u32 lane, %laneid;
+            and.b32 lane, lane, 15;
+            mad.wide.u32 at, lane, 8, $1;
+            ld.global.f32 $0, [at+4];
+            }""", "=f,l", [pairs_ptr], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        lookup = pairs_ptr
+    return lookup
+
+
+@triton.jit
+def _nf4_pair(byte, lookup, SHUFFLE: tl.constexpr):
+    """(high, low): the float32 levels of a byte's nibbles.
+
+    From a table of 256 pairs in memory or, with SHUFFLE (NVIDIA), from the registers of the warp: a shuffle takes its
+    lane from the low bits of a register, so a nibble costs a shift and a shuffle, no address and no mask. (Pure, or
+    torch.compile would take every argument for written.)
+    """
+    if SHUFFLE:
+        high, low = tl.inline_asm_elementwise(
+            LEVELS_OF_4_BYTES, "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,f,f,f,f", [byte, lookup],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        pair = tl.load(lookup + byte.to(tl.int32))
+        high = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+        low = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return high, low
 
 
 @triton.jit
 def _nf4_scale(block, mask, absmax_ptr, nested_ptr, offset_ptr, map_ptr, NESTED: tl.constexpr):
-    """float32 absmax of blocks (int64 indices); where NESTED, absmax_ptr holds its 8-bit codes. 0 where masked."""
-    if not NESTED:
-        return tl.load(absmax_ptr + block, mask=mask, other=0.0)
-    code = tl.load(absmax_ptr + block, mask=mask, other=127).to(tl.int32)
-    scale = tl.load(map_ptr + code) * tl.load(nested_ptr + block // 256, mask=mask, other=0.0)
-    return tl.where(mask, scale + tl.load(offset_ptr), 0.0)
+    """float32 absmax of blocks (int64 indices); where NESTED, absmax_ptr holds its 8-bit codes. 0 where masked, none
+    with mask None."""
+    if mask is None:
+        scale = tl.load(absmax_ptr + block)
+        if NESTED:
+            scale = tl.load(map_ptr + scale.to(tl.int32)) * tl.load(nested_ptr + block // 256) + tl.load(offset_ptr)
+    elif NESTED:
+        code = tl.load(absmax_ptr + block, mask=mask, other=127).to(tl.int32)
+        scale = tl.load(map_ptr + code) * tl.load(nested_ptr + block // 256, mask=mask, other=0.0)
+        scale = tl.where(mask, scale + tl.load(offset_ptr), 0.0)
+    else:
+        scale = tl.load(absmax_ptr + block, mask=mask, other=0.0)
+    return scale
 
 
 @triton.jit
@@ -79,11 +137,13 @@ def _absmax_quantize_kernel(
 def _nf4_dequantize_kernel(
     packed_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, pairs_ptr, out_ptr,
     n, packed_bytes, first_block, line_blocks, source_line_blocks,
-    BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr, LINES: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr, LINES: tl.constexpr, SHUFFLE: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """out[i] = level[code] · absmax of n elements (in packed_bytes) from first_block on, in float32, rounded once.
 
-    With LINES they are lines of line_blocks blocks, source_line_blocks apart: columns of a matrix.
+    With LINES they are lines of line_blocks blocks, source_line_blocks apart: columns of a matrix. With EVEN the last
+    program's blocks are whole too, so that nothing is masked.
     """
     HALF: tl.constexpr = BLOCKSIZE // 2
     start = tl.program_id(0).to(tl.int64) * BLOCKS
@@ -97,13 +157,21 @@ def _nf4_dequantize_kernel(
         packed_ptr += (first_block + start) * HALF
         byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
     local = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    high, low = _nf4_pair(tl.load(packed_ptr + byte, mask=local < packed_bytes - start * HALF, other=0), pairs_ptr)
-    inside = block < tl.cdiv(n, BLOCKSIZE) - start
+    byte = (
+        tl.load(packed_ptr + byte)
+        if EVEN
+        else tl.load(packed_ptr + byte, mask=local < packed_bytes - start * HALF, other=0)
+    )
+    high, low = _nf4_pair(byte, _nf4_lookup(pairs_ptr, SHUFFLE), SHUFFLE)
+    inside = None if EVEN else block < tl.cdiv(n, BLOCKSIZE) - start
     scale = _nf4_scale(source, inside, absmax_ptr, nested_ptr, offset_ptr, map_ptr, NESTED)[:, None]
     values = tl.reshape(tl.join(high * scale, low * scale), (BLOCKS, BLOCKSIZE))
     element = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
-    tl.store(out_ptr + start * BLOCKSIZE + element, values.to(out_ptr.dtype.element_ty),
-             mask=element < n - start * BLOCKSIZE)  # fmt: skip
+    out = out_ptr + start * BLOCKSIZE + element
+    if EVEN:
+        tl.store(out, values.to(out_ptr.dtype.element_ty))
+    else:
+        tl.store(out, values.to(out_ptr.dtype.element_ty), mask=element < n - start * BLOCKSIZE)
 
 
 def nf4_quantize(w: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,7 +222,9 @@ def _decode_into(out: torch.Tensor, weight, first_block: int, line_blocks: int |
             _nf4_dequantize_kernel[(triton.cdiv(n, blocksize * config["BLOCKS"]),)](
                 *_weight_arguments(weight), out,
                 n, (n + 1) // 2, first_block, line_blocks or 1, row_blocks, BLOCKSIZE=blocksize,
-                NESTED=weight.absmax is None, LINES=line_blocks is not None, enable_fp_fusion=False, **config,
+                NESTED=weight.absmax is None, LINES=line_blocks is not None,
+                SHUFFLE=configs.nf4_shuffle(out.device), EVEN=n % (blocksize * config["BLOCKS"]) == 0,
+                enable_fp_fusion=False, **config,
             )  # fmt: skip
     return out
 

@@ -83,6 +83,8 @@ SHARED = {
     "__init__.py",
     "configs.py",
     "launch.py",
+    "linear_few_rows.py",
+    "linear_tma.py",
     "logits.py",
     "nf4_tables.py",
     "tiles.py",

@@ -16,12 +16,12 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, x, dense, bias, a, b, seed, nf4, scaling, p):
-        s = implementation("down_project", x).down_project(x, a, p, seed)
+        weight = dense if nf4 is None else nf4
+        y, s = implementation("linear_low_rank", x).lora_linear(x, weight, bias, a, b, scaling, p, seed)
         need_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if need_x else None, s if ctx.needs_input_grad[4] else None, dense, a, b, seed)
         ctx.nf4, ctx.scaling, ctx.p, ctx.bias_dtype = nf4, scaling, p, None if bias is None else bias.dtype
-        weight = dense if nf4 is None else nf4
-        return implementation("linear_low_rank", x).linear_low_rank(x, weight, bias, s, b, scaling)
+        return y
 
     @staticmethod
     @once_differentiable

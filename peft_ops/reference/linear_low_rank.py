@@ -5,8 +5,18 @@ x, dx [M, K]; y, dy [M, N]; weight [N, K], dense with any strides or an NF4Weigh
 
 import torch
 
+from .down_project import down_project
 from .low_rank import low_rank_update_
 from .nf4_linear import nf4_linear, nf4_linear_dx
+
+
+def lora_linear(
+    x: torch.Tensor, weight, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scaling: float, p: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """y = x Wᵀ + bias + scaling · s bᵀ, in the dtype of x, and s = drop(x) aᵀ as `down_project` gives it."""
+    s = down_project(x, a, p, seed)
+    return linear_low_rank(x, weight, bias, s, b, scaling), s
 
 
 def linear_low_rank(

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
+TENSOR_MEMORY = 512  # columns, sm_100
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 MARK = "aot: "  # of the lines, a JSON object each, that conftest.py gathers
@@ -53,13 +54,15 @@ def assert_lean(kernel, signature, constexprs, arch, *, dot, divisible=True, ten
 
     tensor_core: another instruction to ask for than the architecture's best (HMMA where a tile is too small for HGMMA).
     """
-    cost = resources(compile_for(kernel, signature, constexprs, arch, divisible=divisible, **options), arch)
+    compiled = compile_for(kernel, signature, constexprs, arch, divisible=divisible, **options)
+    cost = resources(compiled, arch)
     types = "/".join(dict.fromkeys(kind.strip("*") for kind in signature.values() if kind.startswith("*")))
     flags = {key: value for key, value in {**constexprs, **options}.items() if not key.startswith("stride")}
     line = dict(arch=arch, kernel=kernel.__name__, types=types, aligned=divisible, **cost, flags=flags)
     print(f"{MARK}{json.dumps(line)}")
     assert cost["shared"] <= SHARED_LIMIT[arch], cost
     assert cost["spills"] == 0, cost
+    assert getattr(compiled.metadata, "tmem_size", 0) <= TENSOR_MEMORY, compiled.metadata
     wanted = tensor_core or TENSOR_CORE[arch]
     assert not dot or any(op.startswith(wanted) for op in cost["instructions"]), f"no {wanted}: {cost['instructions']}"
     return cost
@@ -70,15 +73,23 @@ def _run(tool, *arguments):
     return done.stdout + done.stderr
 
 
-def _nvidia_resources(compiled):
+def sass(compiled):
+    """The machine code of a kernel for NVIDIA, as text."""
+    return _of_cubin(compiled, "nvdisasm", "-c")
+
+
+def _of_cubin(compiled, tool, *arguments):
     with tempfile.TemporaryDirectory() as folder:
         cubin = os.path.join(folder, "k.cubin")
         with open(cubin, "wb") as f:
             f.write(compiled.asm["cubin"])
-        usage = re.search(r"REG:(\d+)", _run("cuobjdump", "--dump-resource-usage", cubin))
-        sass = _run("nvdisasm", "-c", cubin)
+        return _run(tool, *arguments, cubin)
+
+
+def _nvidia_resources(compiled):
+    usage = re.search(r"REG:(\d+)", _of_cubin(compiled, "cuobjdump", "--dump-resource-usage"))
     assert usage, f"no resource usage for {compiled.name}"
-    code = _NVIDIA_LINE.findall(sass)
+    code = _NVIDIA_LINE.findall(sass(compiled))
     mnemonics = [mnemonic for _, mnemonic, _ in code if mnemonic]
     return dict(
         registers=int(usage.group(1)), shared=compiled.metadata.shared,

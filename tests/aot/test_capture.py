@@ -100,6 +100,30 @@ def test_lora_linear(captured, base, p):
 
 
 @pytest.mark.unpoisoned
+@pytest.mark.parametrize(
+    ("route", "kernel"), [("few rows", "_linear_few_rows_kernel"), ("tma", "_linear_low_rank_kernel")]
+)
+def test_routes(captured, monkeypatch, route, kernel):
+    """Descriptors are not traced: the fused kernel stands in."""
+    names, compiled = captured
+    configs = _backend.implementation("linear_low_rank", torch.empty(0)).configs
+    monkeypatch.setattr(configs, "linear_route", lambda *_: route)
+    x, w = torch.randn(8, 64, dtype=torch.float16, requires_grad=True), torch.randn(32, 64, dtype=torch.float16)
+    a, b = torch.randn(4, 64, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    compiled(lambda x, a, b: ops.lora_linear(x, w, None, a, b, 0.5))(x, a, b).sum().backward()
+    assert names.count(kernel) == 2
+
+
+@pytest.mark.unpoisoned
+def test_few_rows_over_nf4(captured):
+    names, compiled = captured
+    x, weight = torch.randn(8, 64, requires_grad=True), nf4_weight(torch.randn(32, 64))
+    a, b = torch.randn(4, 64, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    compiled(lambda x, a, b: ops.lora_linear(x, weight, None, a, b, 0.5))(x, a, b).sum().backward()
+    assert names[:3] == ["_down_project_kernel", "_nf4_linear_kernel", "_sum_splits_low_rank_kernel"]
+
+
+@pytest.mark.unpoisoned
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_dora_linear(captured, base, p):
@@ -123,8 +147,12 @@ def test_lora_embedding(captured):
 
 
 @pytest.mark.unpoisoned
-def test_nf4_linear(captured):
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_nf4_linear(captured, monkeypatch, shuffle):
+    """With the inline PTX of NVIDIA too."""
     names, compiled = captured
+    configs = _backend.implementation("nf4_linear", torch.empty(0)).configs
+    monkeypatch.setattr(configs, "nf4_shuffle", lambda device: shuffle)
     weight, x = nf4_weight(torch.randn(32, 64)), torch.randn(200, 64, requires_grad=True)
     compiled(lambda x: ops.nf4_linear(x, weight, None))(x).sum().backward()
     assert sum(name.startswith("_nf4") for name in names) >= 2

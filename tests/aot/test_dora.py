@@ -61,7 +61,13 @@ def test_norm(arch, weight, adapter, unit):
 @pytest.mark.parametrize("blocksize", [32, 64])
 def test_norm_of_nf4(arch, nested, blocksize):
     pointers = dict(a_ptr="fp32", b_ptr="fp32", absmax_ptr="u8" if nested else "fp32")
-    flags = dict(BLOCKSIZE=blocksize, SPLITS=4, NESTED=nested, PRECISION=configs.fp32_precision(arch))
+    flags = dict(
+        BLOCKSIZE=blocksize,
+        SPLITS=4,
+        NESTED=nested,
+        SHUFFLE=arch.startswith("sm_"),
+        PRECISION=configs.fp32_precision(arch),
+    )
     lean(_nf4_dora_norm_kernel, arch, "fp32", pointers, options=dict(enable_fp_fusion=False), **flags)
 
 

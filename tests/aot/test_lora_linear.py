@@ -5,7 +5,9 @@ import torch
 
 from peft_ops.kernels import configs
 from peft_ops.kernels.down_project import _down_project_da_kernel, _down_project_kernel
+from peft_ops.kernels.linear_few_rows import _linear_few_rows_kernel, _sum_splits_low_rank_kernel
 from peft_ops.kernels.linear_low_rank import _linear_low_rank_kernel
+from peft_ops.kernels.linear_tma import _linear_tma_kernel
 from peft_ops.kernels.low_rank import _low_rank_gradients_kernel, _low_rank_update_kernel
 from resources import ARCHES, assert_lean
 
@@ -15,9 +17,11 @@ UNIT = {
     _low_rank_update_kernel: ("stride_yn", "stride_br"),
     _low_rank_gradients_kernel: ("stride_dyn", "stride_br"),
     _linear_low_rank_kernel: ("stride_xk", "stride_wk", "stride_br"),
+    _linear_few_rows_kernel: ("stride_xk", "stride_wk", "stride_br"),
+    _sum_splits_low_rank_kernel: ("stride_br",),
 }
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FP32 = ("s_ptr", "ds_ptr", "da_ptr", "db_ptr")
+FP32 = ("s_ptr", "ds_ptr", "da_ptr", "db_ptr", "total_ptr", "part_ptr")
 
 
 def signature_of(kernel, dtype, adapter, unit):
@@ -35,14 +39,14 @@ def signature_of(kernel, dtype, adapter, unit):
     return types
 
 
-def lean(kernel, arch, dtype, adapter, rank, *, unit=None, **flags):
-    name, torch_dtype = kernel.__name__.removeprefix("_").removesuffix("_kernel"), TORCH[dtype]
+def lean(kernel, arch, dtype, adapter, rank, *, unit=None, name=None, tensor_core=None, **flags):
+    name, torch_dtype = name or kernel.__name__.removeprefix("_").removesuffix("_kernel"), TORCH[dtype]
     config, unit = configs.launch(name, arch, torch_dtype), UNIT[kernel] if unit is None else unit
     constants = {key: value for key, value in config.items() if key.isupper()} | flags | dict.fromkeys(unit, 1)
-    constants["BLOCK_R"] = configs.block_r(rank, arch, torch_dtype)
+    constants.setdefault("BLOCK_R", configs.block_r(rank, arch, torch_dtype))
     return assert_lean(
         kernel, signature_of(kernel, dtype, adapter, unit), constants, arch, dot=True,
-        num_warps=config["num_warps"], num_stages=config["num_stages"],
+        tensor_core=tensor_core, **{key: config[key] for key in ("num_warps", "num_stages") if key in config},
     )  # fmt: skip
 
 
@@ -86,6 +90,49 @@ def test_linear_low_rank(arch, rank, dx):
     unit = ("stride_xk", "stride_wn", "stride_bn") if dx else UNIT[_linear_low_rank_kernel]
     flags = dict(BIAS=not dx, DROPOUT=dx, PRECISION=configs.update_precision(arch, torch.bfloat16))
     lean(_linear_low_rank_kernel, arch, "bf16", "fp32", rank, unit=unit, **flags)
+
+
+@on_every_chip
+@pytest.mark.parametrize("rank", [16, 32])
+@pytest.mark.parametrize("dx", [False, True])
+def test_linear_few_rows(arch, rank, dx):
+    """The forward's tiles of W are too small for the matrix units of Hopper and Blackwell."""
+    unit = ("stride_xk", "stride_wn", "stride_bn") if dx else UNIT[_linear_few_rows_kernel]
+    flags = dict(BIAS=not dx, DROPOUT=dx, PRECISION=configs.update_precision(arch, torch.bfloat16))
+    lean(_linear_few_rows_kernel, arch, "bf16", "fp32", rank, unit=unit, name="linear_few_rows_dx" if dx else None,
+         tensor_core=None if dx else few_rows_unit(arch), PARTS=1 if dx else 16, BLOCK_R=rank, **flags)  # fmt: skip
+
+
+@on_every_chip
+@pytest.mark.parametrize("rank", [16, 32])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_sum_splits_low_rank(arch, rank, dtype):
+    flags = dict(SPLITS=8, PARTS=16, BIAS=True, PRECISION=configs.update_precision(arch, TORCH[dtype]))
+    lean(_sum_splits_low_rank_kernel, arch, dtype, "fp32", rank, BLOCK_R=rank,
+         tensor_core=few_rows_unit(arch), **flags)  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("rank", [16, 32, 64])
+@pytest.mark.parametrize("rows", [128, 8192])
+@pytest.mark.parametrize("form", ["y", "dx", "dx with dropout"])
+def test_linear_tma(arch, rank, rows, form):
+    """Narrow tiles and wide ones; W by rows for y, by columns for dx; operands come by TMA and y goes by it."""
+    dropout, by_rows, unit = form == "dx with dropout", form == "y", "stride_br" if form == "y" else "stride_bn"
+    config = configs.linear_tma(rows, 4096, rank, dropout, arch)
+    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+    constants = dict(config, ROWS=by_rows, BIAS=by_rows, DROPOUT=dropout, PRECISION="tf32", **{unit: 1})
+    m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    tile = lambda rows, columns: f"tensordesc<bf16[{rows}, {columns}]>"
+    signature = signature_of(_linear_tma_kernel, "bf16", "fp32", (unit,)) | dict(
+        x_desc=tile(m, k), w_desc=tile(n, k) if by_rows else tile(k, n), y_desc=tile(m, n // config["SUBTILES"])
+    )
+    cost = assert_lean(_linear_tma_kernel, signature, constants, arch, dot=True, **options)
+    assert {"UTMALDG", "UTMASTG"} <= set(cost["instructions"])
+
+
+def few_rows_unit(arch):
+    return "HMMA" if arch.startswith("sm_") else None
 
 
 @on_every_chip

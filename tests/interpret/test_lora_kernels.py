@@ -5,7 +5,8 @@ import torch
 
 from far import far_rows
 from numerics import assert_as_accurate
-from peft_ops.kernels import configs, down_project, linear_low_rank, low_rank
+from peft_ops import nf4
+from peft_ops.kernels import configs, down_project, linear_few_rows, linear_low_rank, linear_tma, low_rank, nf4_linear
 from peft_ops.reference import down_project as reference_down
 from peft_ops.reference import linear_low_rank as reference_linear
 from peft_ops.reference import low_rank as reference_low_rank
@@ -20,9 +21,10 @@ def random(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("M", [1, 70])
-def test_fused_gemm(monkeypatch, dtype, p, M):
-    """The route that no table takes yet: one GEMM with the low-rank term inside."""
-    monkeypatch.setattr(configs, "FUSED_LINEAR_MAX_M", 1 << 30)
+@pytest.mark.parametrize("route", ["fused", "few rows", "tma"])
+def test_routes(monkeypatch, route, dtype, p, M):
+    """The routes that no table takes yet: the low-rank term inside the GEMM."""
+    monkeypatch.setattr(configs, "linear_route", lambda *_: route)
     K, N, R = 131, 70, 20
     x, w, bias, s, b, a = (
         random(M, K, dtype=dtype), random(N, K, dtype=dtype), random(N, dtype=dtype),
@@ -36,6 +38,84 @@ def test_fused_gemm(monkeypatch, dtype, p, M):
     same = reference_linear.linear_low_rank_dx(y, w, s, a, p, SEED)
     exact = reference_linear.linear_low_rank_dx(*(t.double() for t in (y, w, s, a)), p, SEED)
     assert_as_accurate("dx", dx, same, exact, times=3.0)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that run, one for every launch."""
+    names = []
+
+    class Kernel:
+        def __init__(self, kernel, name):
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid):
+            names.append(self.name)
+            return self.kernel[grid]
+
+    for module in (down_project, linear_few_rows, linear_low_rank, linear_tma, low_rank, nf4_linear):
+        for name, value in list(vars(module).items()):
+            if name.endswith("_kernel") and value.fn.__module__ == module.__name__:
+                monkeypatch.setattr(module, name, Kernel(value, name))
+    return names
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rank", "p"), [(1, 0.0), (20, 0.4), (64, 0.0)])
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 8, 8), (70, 136, 72), (300, 72, 136), (259, 72, 520)])
+def test_tma(monkeypatch, launched, M, K, N, rank, p, dtype):
+    """Rows that start at multiples of 16 bytes; one tile or several a program, narrow and wide, tails everywhere."""
+    monkeypatch.setattr(configs, "linear_route", lambda *_: "tma")
+    monkeypatch.setattr(configs, "PROGRAMS", 16)
+    x, w, bias = random(M, K, dtype=dtype), (random(N, K) / K**0.5).to(dtype), random(N, dtype=dtype)
+    s, b, a = random(M, rank), random(N, rank), random(rank, K)
+    exact = [t.double() for t in (x, w, bias, s, b)]
+    y = linear_low_rank.linear_low_rank(x, w, bias, s, b, 0.5)
+    same = reference_linear.linear_low_rank(x, w, bias, s, b, 0.5)
+    assert_as_accurate("y", y, same, reference_linear.linear_low_rank(*exact, 0.5))
+    dx = linear_low_rank.linear_low_rank_dx(same, w, s, a, p, SEED)
+    wide = reference_linear.linear_low_rank_dx(same.double(), exact[1], s.double(), a.double(), p, SEED)
+    assert_as_accurate("dx", dx, reference_linear.linear_low_rank_dx(same, w, s, a, p, SEED), wide, times=3.0)
+    assert launched == ["_linear_tma_kernel"] * 2
+
+
+def test_tma_takes_aligned_tensors_alone(monkeypatch, launched):
+    monkeypatch.setattr(configs, "linear_route", lambda *_: "tma")
+    w = random(72, 64).half()
+    for x, rank in ((random(5, 65).half()[:, 1:], 3), (random(64, 5).half().t(), 3), (random(5, 64).half(), 65)):
+        s, b = random(5, rank), random(72, rank)
+        y = linear_low_rank.linear_low_rank(x, w, None, s, b, 0.5)
+        same = reference_linear.linear_low_rank(x, w, None, s, b, 0.5)
+        exact = reference_linear.linear_low_rank(x.double(), w.double(), None, s.double(), b.double(), 0.5)
+        assert_as_accurate("y", y, same, exact)
+    assert launched == ["_linear_low_rank_kernel"] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("M", "rank", "p"), [(1, 1, 0.0), (5, 20, 0.4), (17, 64, 0.0)])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_few_rows_add_the_parts_of_s(monkeypatch, launched, base, dtype, M, rank, p):
+    """Two launches over a dense W, three over NF4; the parts of the down-projection are summed in them."""
+    monkeypatch.setattr(configs, "linear_route", lambda *_: "few rows")
+    monkeypatch.setattr(configs, "splits", lambda programs, steps, least=4: min(steps, 3))
+    monkeypatch.setattr(configs, "nf4_fused", lambda *_: True)
+    K, N = 320, 131
+    x, bias, a, b = random(M, K, dtype=dtype), random(N, dtype=dtype), random(rank, K), random(N, rank)
+    w = random(N, K, dtype=dtype)
+    weight = nf4.quantize(w, 64, True) if base == "nf4" else w
+    y, s = linear_low_rank.lora_linear(x, weight, bias, a, b, 0.5, p, SEED)
+    if base == "nf4":
+        assert launched == ["_down_project_kernel", "_nf4_linear_kernel", "_sum_splits_low_rank_kernel"]
+    elif dtype != torch.float32:
+        assert launched == ["_down_project_kernel", "_linear_few_rows_kernel"]
+    same = reference_linear.lora_linear(x, weight, bias, a, b, 0.5, p, SEED)
+    wide = weight if base == "dense" else nf4.dequantize(weight, dtype)
+    exact = reference_linear.lora_linear(*(t.double() for t in (x, wide, bias, a, b)), 0.5, p, SEED)
+    assert_as_accurate("s", s, same[1], exact[1])
+    assert_as_accurate("y", y, same[0], exact[0])
+    if base == "nf4":
+        silent, _ = linear_low_rank.lora_linear(x, weight, bias, a, torch.zeros_like(b), 0.5, p, SEED)
+        assert torch.equal(silent, nf4_linear.nf4_linear(x, weight, bias))
 
 
 @pytest.mark.unpoisoned
