@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..nf4 import NF4Weight
-from ..ops import lora_linear
+from ..ops.lora_linear import lora_linear
 from .linear_like import check_linear, is_conv1d
 from .lora_layer import LoRALayer
 from .nf4_linear import NF4Linear

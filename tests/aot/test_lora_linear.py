@@ -35,8 +35,8 @@ def signature_of(kernel, dtype, adapter, unit):
     return types
 
 
-def lean(kernel, arch, dtype, adapter, rank, *, unit=None, **flags):
-    name, torch_dtype = kernel.__name__.removeprefix("_").removesuffix("_kernel"), TORCH[dtype]
+def lean(kernel, arch, dtype, adapter, rank, *, unit=None, entry="", **flags):
+    name, torch_dtype = entry or kernel.__name__.removeprefix("_").removesuffix("_kernel"), TORCH[dtype]
     config, unit = configs.launch(name, arch, torch_dtype), UNIT[kernel] if unit is None else unit
     constants = {key: value for key, value in config.items() if key.isupper()} | flags | dict.fromkeys(unit, 1)
     constants["BLOCK_R"] = configs.block_r(rank, arch, torch_dtype)
@@ -74,9 +74,11 @@ def test_low_rank_gradients(arch, dtype, adapter, rank):
 @small_and_large_rank
 def test_low_rank_update(arch, dtype, adapter, rank):
     flags = dict(PRECISION=configs.update_precision(arch, TORCH[dtype]))
-    lean(_low_rank_update_kernel, arch, dtype, adapter, rank, DROPOUT=False, **flags)
+    lean(_low_rank_update_kernel, arch, dtype, adapter, rank, GROUPS=1, DROPOUT=False, **flags)
     dx_unit = ("stride_yn", "stride_bn")  # dropout is dx's, whose b is aᵀ
-    lean(_low_rank_update_kernel, arch, dtype, adapter, rank, unit=dx_unit, DROPOUT=True, **flags)
+    for groups, entry in ((1, "low_rank_update"), (3, "low_rank_update_groups")):
+        masked = dict(unit=dx_unit, entry=entry, GROUPS=groups, DROPOUT=True)
+        lean(_low_rank_update_kernel, arch, dtype, adapter, rank, **masked, **flags)
 
 
 @on_every_chip
