@@ -38,7 +38,7 @@ def _gated_gradients_kernel(
 def gated(g: torch.Tensor, u: torch.Tensor, activation: str) -> torch.Tensor:
     """See peft_ops.reference.gated."""
     g, u = g.contiguous(), u.contiguous()
-    h = torch.empty_like(g)
+    h = g.new_empty(g.shape)
     if g.numel():
         config = configs.launch("gated", configs.arch_of(g.device), g.dtype)
         with device_guard(g):
@@ -53,7 +53,7 @@ def gated_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See peft_ops.reference.gated; dg lies where a contiguous dh did."""
     dh, g, u = dh.contiguous(), g.contiguous(), u.contiguous()
-    h, du = torch.empty_like(g), torch.empty_like(g)
+    h, du = g.new_empty(g.shape), g.new_empty(g.shape)
     if g.numel():
         config = configs.launch("gated_gradients", configs.arch_of(g.device), g.dtype)
         with device_guard(g):

@@ -11,7 +11,7 @@ from .rows import chunks, wide_dtype
 
 def gated(g: torch.Tensor, u: torch.Tensor, activation: str) -> torch.Tensor:
     """h = act(g) · u."""
-    h, wide = torch.empty_like(g, memory_format=torch.contiguous_format), wide_dtype(g)
+    h, wide = g.new_empty(g.shape), wide_dtype(g)
     for rows in chunks(g):
         h[rows] = activate(g[rows].to(wide), activation) * u[rows]
     return h
@@ -21,8 +21,8 @@ def gated_gradients(
     dh: torch.Tensor, g: torch.Tensor, u: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(h, dg = dh · u · act'(g), du = dh · act(g)) in one pass. dg may take the memory of dh."""
-    h, du = (torch.empty_like(g, memory_format=torch.contiguous_format) for _ in range(2))
-    dg, wide = dh if dh.is_contiguous() else torch.empty_like(h), wide_dtype(g)
+    h, du, wide = g.new_empty(g.shape), g.new_empty(g.shape), wide_dtype(g)
+    dg = dh if dh.is_contiguous() else g.new_empty(g.shape)
     for rows in chunks(g):
         z, up, d = (t[rows].to(wide) for t in (g, u, dh))
         act = activate(z, activation)
