@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_ops
 from peft_ops.nn import GatedMLP, LoRALinear
+from peft_ops.ops.gated_mlp import activation_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -336,6 +337,20 @@ def test_a_gated_mlp_calls_its_children_where_it_has_to(calls):
     assert block.up_proj is mlp.up_proj
     with pytest.raises(TypeError, match="block lacks act_fn, down_proj, gate_proj, up_proj"):
         GatedMLP.from_block(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (nn.SiLU(), "silu"), (nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_new"), (nn.ReLU(), "relu"),
+        (nn.functional.silu, "silu"), (transformers.activations.ACT2FN["gelu_new"], "gelu_new"),
+        (transformers.activations.ACT2FN["gelu_pytorch_tanh"], "gelu_new"), (nn.LeakyReLU(0.1), None),
+        (transformers.activations.ACT2FN["quick_gelu"], None), (transformers.activations.ACT2FN["gelu_10"], None),
+        (nn.ReLU6(), None), (nn.PReLU(), None), (nn.Softmax(-1), None), (len, None),
+    ],
+)  # fmt: skip
+def test_activations_are_known_by_what_they_compute(function, name):
+    assert activation_of(function) == name
 
 
 def test_a_shared_block_stays_shared():

@@ -87,7 +87,7 @@ def mask_seeds(
     if seeds is None:
         return torch.randint(2**63 - 1, (len(indices),), dtype=torch.int64, device=device)
     if isinstance(seeds, torch.Tensor) and len(indices) == len(projections):
-        return seeds
+        return seeds.contiguous()
     return torch.stack([mask_seed(seeds[i], device) for i in indices])
 
 

@@ -150,7 +150,8 @@ def activation_of(function: Any) -> str | None:
     none of them, or has parameters."""
     if isinstance(function, torch.nn.Module) and next(function.parameters(), None) is not None:
         return None
-    z = torch.linspace(-6.0, 6.0, 97, device="cpu")
+    far = torch.tensor([-1e4, -50.0, 50.0, 1e4], device="cpu")  # where clipped ones differ
+    z = torch.cat((torch.linspace(-6.0, 6.0, 97, device="cpu"), far))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             values = function(z.clone())
