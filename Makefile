@@ -7,7 +7,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 KERNEL_TESTS := tests/test_nf4.py tests/test_nf4_linear.py tests/test_lora_linear.py tests/test_prefix_attention.py \
 	tests/test_dora_linear.py tests/test_lora_embedding.py tests/test_bottleneck_adapter.py \
-	tests/test_linear_logprob.py tests/interpret
+	tests/test_linear_logprob.py tests/test_lora_projections.py tests/test_gated_mlp.py tests/interpret
 
 .PHONY: demo test lint torch interpret aot bench gpu lock clean
 

@@ -104,7 +104,8 @@ def markdown(costs: list[dict]) -> str:
     lines += [
         "", "## Registers, shared memory, occupancy", "",
         "The most of all configurations of a kernel on a chip, and the least occupancy: resident warps over the most "
-        "that a multiprocessor holds, by registers, shared memory and programs. `make aot` prints every configuration.", "",
+        "that a multiprocessor holds, by registers, shared memory and programs. `make aot` prints every "
+        "configuration.", "",
         "| kernel | chip | configurations | registers | shared KiB | occupancy | spills | matrix and copies |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

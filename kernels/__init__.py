@@ -10,6 +10,7 @@ else:
     from . import bottleneck_adapter as bottleneck_adapter
     from . import dora as dora
     from . import down_project as down_project
+    from . import gated as gated
     from . import linear_logprob as linear_logprob
     from . import linear_low_rank as linear_low_rank
     from . import low_rank as low_rank

@@ -25,6 +25,10 @@ LAUNCH = {
         "fp32": dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
         "gfx": dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
     },
+    "low_rank_update_groups": {  # of several masks: two accumulators
+        "default": dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
+        "fp32": dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+    },
     "low_rank_gradients": {
         "default": dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
         "fp32": dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
@@ -89,6 +93,8 @@ LAUNCH = {
         "gfx": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=2),
     },
     "bottleneck_gradient": {"default": dict(BLOCK=1024, num_warps=4)},
+    "gated": {"default": dict(BLOCK=1024, num_warps=4)},
+    "gated_gradients": {"default": dict(BLOCK=1024, num_warps=4)},
 }
 PROGRAMS = 256  # how many programs a split reduction aims at: fixed, so that results do not depend on the GPU
 

@@ -1,41 +1,46 @@
-"""s = drop(x) aᵀ and da = dsᵀ drop(x): the down-projection of an adapter, its dropout recomputed from (seed, index)."""
+"""s = drop(x) aᵀ and da = dsᵀ drop(x): the down-projection of an adapter, its dropout recomputed from (seed, index).
+
+Blocks of r are neighbours in the order of programs, so that L2 has x for all but the first of them. They belong to one
+group each, whose seed they take.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
 from . import configs
-from .launch import device_guard, dropout_arguments
-from .tiles import dropout_keep, mixed_dot
+from .launch import device_guard, dropout_arguments, seed_groups
+from .tiles import dropout_keep, group_block, mixed_dot
 
 
 @triton.jit
 def _down_project_kernel(
     x_ptr, a_ptr, s_ptr, seed_ptr,
-    M, K, R,
+    M, K, R, blocks_r,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_sp, stride_sm,
     threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """s[p] [M, R] = (keep · keep_scale · x) [M, K] a [R, K]ᵀ over every SPLITS-th block of K, fp32 accumulate."""
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    part = tl.program_id(2).to(tl.int64)
+    """s[p] [M, groups · R] = (keep[group] · keep_scale · x) [M, K] a [groups · R, K]ᵀ over every SPLITS-th block of K,
+    fp32 accumulate; `blocks_r` in all groups."""
+    group, r, inside = group_block(tl.program_id(0) % blocks_r, R, BLOCK_R)
+    m = (tl.program_id(0) // blocks_r).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = tl.program_id(1).to(tl.int64)
     if DROPOUT:
-        seed = tl.load(seed_ptr)
+        seed = tl.load(seed_ptr + group)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(tl.program_id(2) * BLOCK_K, K, BLOCK_K * SPLITS):
+    for start in range(tl.program_id(1) * BLOCK_K, K, BLOCK_K * SPLITS):
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + m[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk,
                     mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)  # fmt: skip
         if DROPOUT:
             x = tl.where(dropout_keep(seed, m, start, K, threshold, BLOCK_M, BLOCK_K), x, 0.0)
         a = tl.load(a_ptr + r[None, :] * stride_ar + k[:, None] * stride_ak,
-                    mask=(r[None, :] < R) & (k[:, None] < K), other=0.0)  # fmt: skip
+                    mask=inside[None, :] & (k[:, None] < K), other=0.0)  # fmt: skip
         acc = mixed_dot(x, a, acc, PRECISION)
     tl.store(s_ptr + part * stride_sp + m[:, None] * stride_sm + r[None, :], acc * keep_scale,
-             mask=(m[:, None] < M) & (r[None, :] < R))  # fmt: skip
+             mask=(m[:, None] < M) & inside[None, :])  # fmt: skip
 
 
 @triton.jit
@@ -47,13 +52,17 @@ def _down_project_da_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """da[p] [R, K] = ds [M, R]ᵀ (keep · keep_scale · x) [M, K] over every SPLITS-th block of M, fp32 accumulate."""
-    first_k = tl.program_id(0) * BLOCK_K
-    k = first_k + tl.arange(0, BLOCK_K)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    part = tl.program_id(2).to(tl.int64)
+    """da[p] [groups · R, K] = ds [M, groups · R]ᵀ (keep[group] · keep_scale · x) [M, K] over every SPLITS-th block of
+    M, fp32 accumulate."""
     if DROPOUT:
-        seed = tl.load(seed_ptr)
+        group, r, inside = group_block(tl.program_id(0), R, BLOCK_R)
+        seed = tl.load(seed_ptr + group)
+    else:
+        r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = r < R
+    first_k = tl.program_id(1) * BLOCK_K
+    k = first_k + tl.arange(0, BLOCK_K)
+    part = tl.program_id(2).to(tl.int64)
     acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for start in range(tl.program_id(2) * BLOCK_M, M, BLOCK_M * SPLITS):
         m = start + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -62,10 +71,10 @@ def _down_project_da_kernel(
         if DROPOUT:
             x = tl.where(dropout_keep(seed, m, first_k, K, threshold, BLOCK_M, BLOCK_K), x, 0.0)
         ds = tl.load(ds_ptr + m[:, None] * stride_dsm + r[None, :],
-                     mask=(m[:, None] < M) & (r[None, :] < R), other=0.0)  # fmt: skip
+                     mask=(m[:, None] < M) & inside[None, :], other=0.0)  # fmt: skip
         acc = mixed_dot(tl.trans(x), ds, acc, PRECISION)
     tl.store(da_ptr + part * stride_dap + r[None, :].to(tl.int64) * stride_dar + k[:, None], acc * keep_scale,
-             mask=(r[None, :] < R) & (k[:, None] < K))  # fmt: skip
+             mask=inside[None, :] & (k[:, None] < K))  # fmt: skip
 
 
 def down_project(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
@@ -78,17 +87,20 @@ def _down_project_parts(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.
     """[parts, M, R]: partial sums of s."""
     (M, K), R = x.shape, a.shape[0]
     arch = configs.arch_of(x.device)
-    config, block_r = configs.launch("down_project", arch, x.dtype), configs.block_r(R, arch, x.dtype)
-    blocks = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(R, block_r)
-    parts = configs.splits(blocks[0] * blocks[1], triton.cdiv(K, config["BLOCK_K"]))
+    config, groups = configs.launch("down_project", arch, x.dtype), seed_groups(p, seed, R)
+    block_r = configs.block_r(R // groups, arch, x.dtype)
+    blocks_r = groups * triton.cdiv(R // groups, block_r)
+    blocks = blocks_r * triton.cdiv(M, config["BLOCK_M"])
+    parts = configs.splits(blocks, triton.cdiv(K, config["BLOCK_K"]))
     s = x.new_empty(parts, M, R, dtype=torch.float32)
     if M == 0 or K == 0 or p >= 1.0:
         return s[:1].zero_()
     seed_ptr, threshold, keep_scale = dropout_arguments(p, seed, x)
     with device_guard(x):
-        _down_project_kernel[(*blocks, parts)](
-            x, a, s, seed_ptr, M, K, R, *x.stride(), *a.stride(), s.stride(0), R, threshold, keep_scale,
-            BLOCK_R=block_r, SPLITS=parts, DROPOUT=p > 0.0, PRECISION=configs.fp32_precision(arch), **config,
+        _down_project_kernel[blocks, parts](
+            x, a, s, seed_ptr, M, K, R // groups, blocks_r, *x.stride(), *a.stride(), s.stride(0), R, threshold,
+            keep_scale, BLOCK_R=block_r, SPLITS=parts, DROPOUT=p > 0.0, PRECISION=configs.fp32_precision(arch),
+            **config,
         )  # fmt: skip
     return s
 
@@ -97,8 +109,9 @@ def down_project_da(ds: torch.Tensor, x: torch.Tensor, p: float, seed: torch.Ten
     """See peft_ops.reference.down_project; the parts are added in a fixed order."""
     (M, K), R = x.shape, ds.shape[1]
     arch = configs.arch_of(x.device)
-    config, block_r = configs.launch("down_project_da", arch, x.dtype), configs.block_r(R, arch, x.dtype)
-    blocks = triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(R, block_r)
+    config, groups = configs.launch("down_project_da", arch, x.dtype), seed_groups(p, seed, R)
+    block_r = configs.block_r(R // groups, arch, x.dtype)
+    blocks = groups * triton.cdiv(R // groups, block_r), triton.cdiv(K, config["BLOCK_K"])
     parts = configs.splits(blocks[0] * blocks[1], triton.cdiv(M, config["BLOCK_M"]))
     da = x.new_empty(parts, R, K, dtype=torch.float32)
     if M == 0 or K == 0 or p >= 1.0:
@@ -106,7 +119,7 @@ def down_project_da(ds: torch.Tensor, x: torch.Tensor, p: float, seed: torch.Ten
     seed_ptr, threshold, keep_scale = dropout_arguments(p, seed, x)
     with device_guard(x):
         _down_project_da_kernel[(*blocks, parts)](
-            ds, x, da, seed_ptr, M, K, R, *x.stride(), ds.stride(0), da.stride(0), K, threshold, keep_scale,
+            ds, x, da, seed_ptr, M, K, R // groups, *x.stride(), ds.stride(0), da.stride(0), K, threshold, keep_scale,
             BLOCK_R=block_r, SPLITS=parts, DROPOUT=p > 0.0, PRECISION=configs.fp32_precision(arch), **config,
         )  # fmt: skip
     return da[0] if parts == 1 else da.sum(0)

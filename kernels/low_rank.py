@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .launch import device_guard, dropout_arguments
+from .launch import device_guard, dropout_arguments, seed_groups
 from .tiles import low_rank_tile, mixed_dot
 
 
@@ -16,9 +16,10 @@ def _low_rank_update_kernel(
     stride_ym, stride_yn, stride_sm, stride_bn, stride_br,
     scale, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] += scale · keep ∘ (s [M, R] b [N, R]ᵀ), fp32 accumulate, one rounding to the dtype of y."""
+    """y [M, N] += Σ over GROUPS of scale · keep[g] ∘ (s[g] [M, R] b[g] [N, R]ᵀ), fp32 accumulate, one rounding to the
+    dtype of y; columns g · R and on of s and b are group g's."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_n = tl.program_id(1) * BLOCK_N
     n = first_n + tl.arange(0, BLOCK_N)
@@ -26,6 +27,11 @@ def _low_rank_update_kernel(
         s_ptr, b_ptr, seed_ptr, m, first_n, M, N, R, stride_sm, stride_bn, stride_br, scale, threshold,
         BLOCK_M, BLOCK_N, BLOCK_R, DROPOUT, PRECISION,
     )  # fmt: skip
+    for group in range(1, GROUPS):
+        term += low_rank_tile(
+            s_ptr + group * R, b_ptr + group * R * stride_br, seed_ptr + group, m, first_n, M, N, R, stride_sm,
+            stride_bn, stride_br, scale, threshold, BLOCK_M, BLOCK_N, BLOCK_R, DROPOUT, PRECISION,
+        )  # fmt: skip
     inside = (m[:, None] < M) & (n[None, :] < N)
     y_tile = y_ptr + m[:, None] * stride_ym + n[None, :].to(tl.int64) * stride_yn
     y = tl.load(y_tile, mask=inside, other=0.0).to(tl.float32) + term
@@ -72,12 +78,13 @@ def low_rank_update_(
     if y.numel() == 0 or p >= 1.0:
         return y
     arch = configs.arch_of(y.device)
-    config = configs.launch("low_rank_update", arch, y.dtype)
+    groups = seed_groups(p, seed, R)
+    config = configs.launch("low_rank_update" if groups == 1 else "low_rank_update_groups", arch, y.dtype)
     seed_ptr, threshold, keep_scale = dropout_arguments(p, seed, y)
     with device_guard(y):
         _low_rank_update_kernel[triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])](
-            y, s, b, seed_ptr, M, N, R, *y.stride(), s.stride(0), *b.stride(), scaling * keep_scale, threshold,
-            BLOCK_R=configs.block_r(R, arch, y.dtype), DROPOUT=p > 0.0,
+            y, s, b, seed_ptr, M, N, R // groups, *y.stride(), s.stride(0), *b.stride(), scaling * keep_scale,
+            threshold, BLOCK_R=configs.block_r(R // groups, arch, y.dtype), GROUPS=groups, DROPOUT=p > 0.0,
             PRECISION=configs.update_precision(arch, y.dtype), **config,
         )  # fmt: skip
     return y

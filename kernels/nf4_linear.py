@@ -186,6 +186,14 @@ def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
     return dx if splits == 1 else _sum_splits(dx, None, dy.dtype)
 
 
+def nf4_linear_dx_add_(dx: torch.Tensor, dy: torch.Tensor, weight) -> torch.Tensor:
+    """See peft_ops.reference.nf4_linear. Few rows are added afterwards: they are few bytes."""
+    M, (N, K) = dy.shape[0], weight.shape
+    if min(N, K) == 0 or K % weight.blocksize or not configs.nf4_fused(M, K, dy.dtype):
+        return _slab_linear_dx(dy, weight, dx)
+    return dx.add_(nf4_linear_dx(dy, weight))
+
+
 def _sum_splits(part: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     y = part.new_empty(part.shape[1:], dtype=dtype)
     with device_guard(part):
@@ -222,16 +230,20 @@ def _decoded_slabs(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Te
         yield part, _decode_into(slab[: part.stop - start], weight, start * K // weight.blocksize, None)
 
 
-def _slab_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
+def _slab_linear_dx(dy: torch.Tensor, weight, onto: torch.Tensor | None = None) -> torch.Tensor:
+    """dy deq(W), or that added to `onto` in place."""
     (N, K), blocksize = weight.shape, weight.blocksize
     columns = K if K % blocksize else configs.nf4_slab(K, N * dy.element_size(), blocksize)
     if columns == K:
-        slab = torch.empty(N, K, dtype=dy.dtype, device=dy.device)
-        return dy @ _decode_into(slab, weight, 0, None)
+        w = _decode_into(torch.empty(N, K, dtype=dy.dtype, device=dy.device), weight, 0, None)
+        return dy @ w if onto is None else onto.addmm_(dy, w)
     slab = torch.empty(N * columns, dtype=dy.dtype, device=dy.device)
-    dx = dy.new_empty(dy.shape[0], K)
+    dx = dy.new_empty(dy.shape[0], K) if onto is None else onto
     for start in range(0, K, columns):
         width = min(columns, K - start)
         w = _decode_into(slab[: N * width], weight, start // blocksize, width // blocksize).view(N, width)
-        torch.mm(dy, w, out=dx[:, start : start + width])
+        if onto is None:
+            torch.mm(dy, w, out=dx[:, start : start + width])
+        else:
+            dx[:, start : start + width].addmm_(dy, w)
     return dx

@@ -30,6 +30,15 @@ def dropout_keep(seed, rows, first_col, K, threshold, BLOCK_M: tl.constexpr, BLO
 
 
 @triton.jit
+def group_block(block, R, BLOCK_R: tl.constexpr):
+    """(group, r [BLOCK_R], inside [BLOCK_R]) of a block of columns in groups of R; no block is in two."""
+    blocks = tl.cdiv(R, BLOCK_R)
+    group = block // blocks
+    within = block % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    return group, group * R + within, within < R
+
+
+@triton.jit
 def mixed_dot(x, w, acc, PRECISION: tl.constexpr):
     """acc + x·w in float32 for x [I, J] and w [J, L] of any float dtypes, on the matrix unit.
 

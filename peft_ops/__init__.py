@@ -23,8 +23,10 @@ from .tuning import adapters_disabled as adapters_disabled
 from .tuning import add_weighted_adapter as add_weighted_adapter
 from .tuning import delete_adapter as delete_adapter
 from .tuning import eject as eject
+from .tuning import fuse as fuse
 from .tuning import lora_plus_groups as lora_plus_groups
 from .tuning import merge as merge
 from .tuning import optimizer_for as optimizer_for
 from .tuning import set_adapter as set_adapter
 from .tuning import trainable_parameters as trainable_parameters
+from .tuning import unfuse as unfuse

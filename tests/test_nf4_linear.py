@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from numerics import assert_as_accurate
 from peft_ops import nf4
+from peft_ops._backend import implementation
 from peft_ops.ops import nf4_linear
 from peft_ops.reference import formulas
 
@@ -77,6 +78,20 @@ def test_large_weight_in_slabs():
     """More than one slab in both directions, rows of blocks that cross them, and a bias that is cut with them."""
     for K in (512, 520):
         assert_accurate(*problem(M=70, N=2200, K=K))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("M", "N", "K"), [(5, 37, 128), (70, 2200, 512), (70, 37, 520), (0, 37, 128)])
+def test_dx_added_in_place(M, N, K, dtype, device):
+    """Onto a buffer that other products are in already: whole, in slabs, with few rows, with none."""
+    _, weight, _, dy = problem(M, N, K, dtype, device)
+    onto = torch.randn(M, K, device=device).to(dtype)
+    w = nf4.dequantize(weight, dtype)
+    exact, same = onto.double() + dy.double() @ w.double(), onto + dy @ w
+    dx = implementation("nf4_linear", dy).nf4_linear_dx_add_(buffer := onto.clone(), dy, weight)
+    assert dx is buffer
+    if M:
+        assert_as_accurate("dx", dx, same, exact, times=3.0)
 
 
 @pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (2, 1, 3, 64)])

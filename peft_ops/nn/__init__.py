@@ -2,6 +2,7 @@
 
 from .bottleneck_adapter import BottleneckAdapter as BottleneckAdapter
 from .dora_linear import DoRALinear as DoRALinear
+from .gated_mlp import GatedMLP as GatedMLP
 from .head import Head as Head
 from .head import head_of as head_of
 from .lora_embedding import LoRAEmbedding as LoRAEmbedding

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops import prefix_attention
+from ..ops.prefix_attention import prefix_attention
 
 WRAPPED = ("sdpa", "eager")  # attention that a prefix can be put before
 _NAME = "peft_ops_prefix"

@@ -5,8 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ..ops import bottleneck_adapter
-from ..ops.bottleneck_adapter import known_activation
+from ..ops.bottleneck_adapter import bottleneck_adapter, known_activation
 
 INITS = ("houlsby", "bert", "mam_adapter")
 

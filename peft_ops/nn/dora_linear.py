@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from ..ops import dora_linear, dora_norm
-from .lora_linear import LinearTerms, LoRALinear
+from ..ops import Projection, dora_linear, dora_norm
+from .lora_linear import LoRALinear
 from .nf4_lora_linear import NF4LoRALinear
 
 
@@ -39,7 +39,7 @@ class DoRALinear(LoRALinear):
             x, self._matrix(), self.bias, self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling, p
         )
 
-    def linear_terms(self) -> LinearTerms:
+    def linear_terms(self) -> Projection:
         if self.merged or not self.adapter_enabled:
             return super().linear_terms()
         raise TypeError(

@@ -1,20 +1,19 @@
 """A linear layer with a low-rank adapter beside it."""
 
 import math
-from typing import Any, ClassVar, TypeAlias
+import weakref
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ..nf4 import NF4Weight
-from ..ops import lora_linear
+from ..ops import Projection
+from ..ops.lora_linear import lora_linear
 from .linear_like import check_linear, is_conv1d
 from .lora_layer import LoRALayer
 from .nf4_linear import NF4Linear
-
-LinearTerms: TypeAlias = tuple[
-    torch.Tensor | NF4Weight, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, float, float
-]
+from .projection_group import ProjectionGroup
 
 
 class LoRALinear(LoRALayer):
@@ -38,6 +37,7 @@ class LoRALinear(LoRALayer):
     ADAPTER: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     weight: nn.Parameter | NF4Weight  # [out, in]; [in, out] where fan_in_fan_out
     bias: nn.Parameter | None
+    _group: weakref.ref[ProjectionGroup] | None = None  # of layers that are called with the same x
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, r: int = 8, lora_alpha: float = 16,
@@ -109,20 +109,31 @@ class LoRALinear(LoRALayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged or not self.adapter_enabled:
             return self._base_forward(x)
-        p = self.lora_dropout if self.training else 0.0
-        return lora_linear(x, self._matrix(), self.bias, self.lora_A, self.lora_B, self.scaling, p)
+        if self._group is not None and not torch.compiler.is_compiling():
+            group = self._group()
+            y = None if group is None else group.result(self, x)
+            if y is not None:
+                return y
+        weight, bias, a, b, scaling, p = self.linear_terms()
+        assert a is not None
+        assert b is not None
+        return lora_linear(x, weight, bias, a, b, scaling, p)
 
-    def linear_terms(self) -> LinearTerms:
-        """(weight [out, in], bias, lora_a, lora_b, scaling, dropout_p) of what forward computes now, for an op that
-        takes its parts; lora_a and lora_b are None where the adapter is off or merged.
+    def linear_terms(self) -> Projection:
+        """What forward computes now, for an op that takes its parts; lora_a and lora_b are None where the adapter is
+        off or merged.
 
         Raises:
             TypeError: it is not a weight and a low-rank term (DoRA's).
         """
         if self.merged or not self.adapter_enabled:
-            return self._matrix(), self.bias, None, None, 1.0, 0.0
+            return Projection(self._matrix(), self.bias)
         p = self.lora_dropout if self.training else 0.0
-        return self._matrix(), self.bias, self.lora_A, self.lora_B, self.scaling, p
+        return Projection(self._matrix(), self.bias, self.lora_A, self.lora_B, self.scaling, p)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in no group: a copied ProjectionGroup takes its members in again."""
+        return {name: value for name, value in vars(self).items() if name != "_group"}
 
     def _adapted_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """A fresh W + scaling · B A."""

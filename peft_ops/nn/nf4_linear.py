@@ -7,7 +7,7 @@ from torch import nn
 
 from .. import nf4
 from ..nf4 import NF4Weight
-from ..ops import nf4_linear
+from ..ops.nf4_linear import nf4_linear
 from .linear_like import check_linear, dense_weight
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from .. import nf4
-from ..ops import lora_linear
+from ..ops import Projection, lora_linear
 from .linear_like import check_linear, dense_weight
 from .lora_init import Factors, loftq, principal_factors
-from .lora_linear import LinearTerms, LoRALinear, check_adapter_arguments
+from .lora_linear import LoRALinear, check_adapter_arguments
 from .nf4_linear import NF4Linear
 from .nf4_lora_linear import NF4LoRALinear
 
@@ -50,15 +50,12 @@ class PrincipalLoRALinear(LoRALinear):
         _start(layer, None if w.is_meta else principal_factors(w, r, layer.scaling, iterations))
         return layer.train(linear.training)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.merged or not self.adapter_enabled:
-            return self._base_forward(x)
-        p = self.lora_dropout if self.training else 0.0
-        return lora_linear(x, self._matrix(), self.bias, *self._factors(), self.scaling, p)
-
-    def linear_terms(self) -> LinearTerms:
-        weight, bias, a, b, scaling, p = super().linear_terms()
-        return weight, bias, *(self._factors() if a is not None else (a, b)), scaling, p
+    def linear_terms(self) -> Projection:
+        terms = super().linear_terms()
+        if terms.lora_a is None:
+            return terms
+        a, b = self._factors()
+        return terms._replace(lora_a=a, lora_b=b)
 
     def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(a [2 r, in], b [out, 2 r]) of B A − B₀ A₀."""
@@ -117,10 +114,10 @@ class ResidualNF4LoRALinear(NF4LoRALinear):
             return super().forward(x)
         return lora_linear(x, self.weight, self.bias, self.initial_a, self.initial_b, self.scaling)
 
-    def linear_terms(self) -> LinearTerms:
+    def linear_terms(self) -> Projection:
         if self.adapter_enabled or self.merged:
             return super().linear_terms()
-        return self.weight, self.bias, self.initial_a, self.initial_b, self.scaling, 0.0
+        return Projection(self.weight, self.bias, self.initial_a, self.initial_b, self.scaling)
 
 
 def _start(layer: PrincipalLoRALinear | ResidualNF4LoRALinear, factors: Factors | None) -> None:

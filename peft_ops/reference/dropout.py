@@ -47,3 +47,17 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor | None, first_row: int
         return torch.zeros_like(x)
     assert seed is not None
     return torch.where(dropout_keep((x.shape[0], x.shape[1]), p, seed, first_row), x, 0.0) * (1.0 / (1.0 - p))
+
+
+def seed_groups(seed: torch.Tensor | None, R: int) -> list[tuple[slice, torch.Tensor | None]]:
+    """(columns, seed) of each group of R columns: of an int64 [G], G equal groups with a seed each; else one group.
+
+    Raises:
+        ValueError: R is no multiple of G.
+    """
+    if seed is None or seed.dim() == 0:
+        return [(slice(0, R), seed)]
+    groups = seed.shape[0]
+    if R % groups:
+        raise ValueError(f"{groups} seeds need a multiple of {groups} rows of a, got {R}")
+    return [(slice(i * (R // groups), (i + 1) * (R // groups)), seed[i]) for i in range(groups)]

@@ -29,6 +29,27 @@ def lora_linear(
     return base + (scaling * low_rank).to(base.dtype)
 
 
+def projection(x: torch.Tensor, projection, seed: torch.Tensor | None) -> torch.Tensor:
+    """A layer with or without an adapter: `projection` has the other arguments of lora_linear, by their names there."""
+    weight, bias, a, b, scaling, p = projection
+    if a is not None:
+        return lora_linear(x, weight, bias, a, b, scaling, p, seed)
+    if isinstance(weight, torch.Tensor):
+        return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return nf4_linear(x, weight, bias)
+
+
+def lora_projections(x: torch.Tensor, projections, seeds) -> tuple[torch.Tensor, ...]:
+    """Each of the layers that share x."""
+    return tuple(projection(x, q, seed) for q, seed in zip(projections, seeds, strict=True))
+
+
+def gated_mlp(x: torch.Tensor, gate, up, down, activation: str, seeds) -> torch.Tensor:
+    """down(act(gate(x)) · up(x))."""
+    g, u = lora_projections(x, (gate, up), seeds[:2])
+    return projection(activate(g, activation) * u, down, seeds[2])
+
+
 def prefix_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefix_key: torch.Tensor, prefix_value: torch.Tensor,
     scaling: float, mask: torch.Tensor | None, is_causal: bool, prefix_bias: torch.Tensor | None,

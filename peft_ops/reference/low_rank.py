@@ -5,19 +5,26 @@ y, dy [M, N]; s = the down-projected input [M, R]; b = lora_B [N, R]; sums are f
 
 import torch
 
-from .dropout import dropout
+from .dropout import dropout, seed_groups
 from .rows import ProductSum, chunks, wide_dtype, widened
 
 
 def low_rank_update_(
     y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scaling: float, p: float, seed: torch.Tensor | None
 ) -> torch.Tensor:
-    """y += scaling · drop(s bᵀ), in place and returned; drop with the mask that `seed` gives an [M, N] tensor."""
+    """y += scaling · drop(s bᵀ), in place and returned; drop with the mask that `seed` gives an [M, N] tensor.
+
+    seed int64 [G]: the R columns of s and b are G equal groups, whose terms are dropped each with its own mask.
+    """
     if p == 0.0:
         return y.addmm_(s.to(y.dtype), b.to(y.dtype).t(), alpha=scaling)
     bt = b.to(s.dtype).t() * scaling
     for rows in chunks(y):
-        y[rows] += dropout(s[rows] @ bt, p, seed, rows.start).to(y.dtype)
+        first, *others = (
+            dropout(s[rows, columns] @ bt[columns], p, own, rows.start)
+            for columns, own in seed_groups(seed, s.shape[1])
+        )
+        y[rows] += sum(others, first).to(y.dtype)
     return y
 
 

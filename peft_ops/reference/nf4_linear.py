@@ -38,17 +38,34 @@ def decoded_rows(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tens
 
 def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
     """dx [M, K] = dy [M, N] deq(W), in the dtype of dy."""
+    K, dx = weight.shape[1], None
+    for columns, w in _decoded_columns(weight, dy.dtype):
+        if columns == slice(0, K):
+            return dy @ w
+        dx = dy.new_empty(dy.shape[0], K) if dx is None else dx
+        dx[:, columns] = dy @ w
+    return dy.new_zeros(dy.shape[0], K) if dx is None else dx
+
+
+def nf4_linear_dx_add_(dx: torch.Tensor, dy: torch.Tensor, weight) -> torch.Tensor:
+    """dx [M, K] += dy [M, N] deq(W), in place and returned."""
+    for columns, w in _decoded_columns(weight, dy.dtype):
+        dx[:, columns].addmm_(dy, w)
+    return dx
+
+
+def _decoded_columns(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(columns, deq(W)[:, columns] in dtype), a slab at a time; all at once where blocks do not end with the rows."""
     (N, K), blocksize = weight.shape, weight.blocksize
     if K % blocksize:
-        return dy @ nf4_dequantize(weight, dy.dtype).view(N, K)
+        yield slice(0, K), nf4_dequantize(weight, dtype).view(N, K)
+        return
     blocks = K // blocksize
     packed, absmax = weight.packed.reshape(N, blocks, blocksize // 2), _nf4_absmax(weight).view(N, blocks)
-    dx = dy.new_empty(dy.shape[0], K)
     for part in _slabs(blocks, N * blocksize, 1):
         codes, scales = packed[:, part].reshape(-1), absmax[:, part].reshape(-1)
-        w = _decode(codes, scales, blocksize, 2 * codes.numel(), dy.dtype)
-        dx[:, part.start * blocksize : part.stop * blocksize] = dy @ w.view(N, (part.stop - part.start) * blocksize)
-    return dx
+        w = _decode(codes, scales, blocksize, 2 * codes.numel(), dtype)
+        yield slice(part.start * blocksize, part.stop * blocksize), w.view(N, (part.stop - part.start) * blocksize)
 
 
 def _slabs(rows: int, width: int, blocksize: int) -> Iterator[slice]:

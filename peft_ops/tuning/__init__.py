@@ -4,6 +4,8 @@ from .adapt import adapt as adapt
 from .bottleneck_config import AdapterConfig as AdapterConfig
 from .counts import trainable_parameters as trainable_parameters
 from .full import FullConfig as FullConfig
+from .fuse import fuse as fuse
+from .fuse import unfuse as unfuse
 from .layerwise import LayerwiseSchedule as LayerwiseSchedule
 from .lora_config import LoRAConfig as LoRAConfig
 from .lora_config import QLoRAConfig as QLoRAConfig

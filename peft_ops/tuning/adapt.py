@@ -4,6 +4,7 @@ from torch import nn
 
 from .adaptation import Adaptation, adaptation_of, set_adaptation
 from .config import MethodConfig
+from .fuse import regroup
 from .lora import LoRAAdaptation
 from .methods import plan
 from .named import Named, add, check_new_name, name_active
@@ -59,6 +60,7 @@ def apply(model: nn.Module, adaptation: Adaptation) -> nn.Module:
     adaptation.install(model)
     adaptation.start_training(model)
     set_adaptation(model, adaptation)
+    regroup(model)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         adaptation.prepare_checkpointing(model)
     return model

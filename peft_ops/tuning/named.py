@@ -14,6 +14,7 @@ from torch import nn
 
 from ..nn.lora_layer import LoRALayer
 from .adaptation import adaptation_of, require_adaptation, require_enabled, set_adaptation
+from .fuse import regroup
 from .lora import LoRAAdaptation
 from .trained import replace_module
 
@@ -196,3 +197,4 @@ def _bring(model: nn.Module, named: Named, adapter_name: str) -> None:
     adaptation.exchange(model)
     named.active = adapter_name
     set_adaptation(model, adaptation)
+    regroup(model)

@@ -137,6 +137,39 @@ def test_dora_linear(captured, base, p):
     assert forward | backward | {"_down_project_kernel", "_down_project_da_kernel"} <= set(names)
 
 
+def projection(N, K, base, p, R=4):
+    """A layer with an adapter, and its trained tensors."""
+    w, a, b = torch.randn(N, K), torch.randn(R, K, requires_grad=True), torch.randn(N, R, requires_grad=True)
+    return ops.Projection(nf4_weight(w) if base == "nf4" else w, None, a, b, 0.5, p)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_lora_projections(captured, base, p):
+    """One S, one update of dx and one da for all that share x."""
+    names, compiled = captured
+    x, projections = torch.randn(200, 64, requires_grad=True), [projection(N, 64, base, p) for N in (64, 32, 32)]
+    ys = compiled(lambda x, qs: ops.lora_projections(x, qs))(x, projections)
+    sum(y.sum() for y in ys).backward()
+    assert names.count("_down_project_kernel") == names.count("_down_project_da_kernel") == 1
+    assert names.count("_low_rank_gradients_kernel") == 3
+    assert names.count("_low_rank_update_kernel") == 4  # three y and dx
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_gated_mlp(captured, base, p):
+    names, compiled = captured
+    x = torch.randn(200, 64, requires_grad=True)
+    projections = [projection(*size, base, p) for size in ((128, 64), (128, 64), (64, 128))]
+    compiled(lambda x, qs: ops.gated_mlp(x, *qs))(x, projections).sum().backward()
+    assert names.count("_gated_kernel") == names.count("_gated_gradients_kernel") == 1
+    assert names.count("_down_project_kernel") == names.count("_down_project_da_kernel") == 2  # of x and of h
+    assert names.count("_low_rank_update_kernel") == 5  # g, u, y, dh and dx
+
+
 @pytest.mark.unpoisoned
 def test_lora_embedding(captured):
     names, compiled = captured

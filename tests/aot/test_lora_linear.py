@@ -78,9 +78,11 @@ def test_low_rank_gradients(arch, dtype, adapter, rank):
 @small_and_large_rank
 def test_low_rank_update(arch, dtype, adapter, rank):
     flags = dict(PRECISION=configs.update_precision(arch, TORCH[dtype]))
-    lean(_low_rank_update_kernel, arch, dtype, adapter, rank, DROPOUT=False, **flags)
+    lean(_low_rank_update_kernel, arch, dtype, adapter, rank, GROUPS=1, DROPOUT=False, **flags)
     dx_unit = ("stride_yn", "stride_bn")  # dropout is dx's, whose b is aᵀ
-    lean(_low_rank_update_kernel, arch, dtype, adapter, rank, unit=dx_unit, DROPOUT=True, **flags)
+    for groups, entry in ((1, "low_rank_update"), (3, "low_rank_update_groups")):
+        masked = dict(unit=dx_unit, entry=entry, GROUPS=groups, DROPOUT=True)
+        lean(_low_rank_update_kernel, arch, dtype, adapter, rank, **masked, **flags)
 
 
 @on_every_chip

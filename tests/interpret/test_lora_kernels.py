@@ -145,6 +145,25 @@ def test_columns_beyond_2_to_the_31():
     torch.testing.assert_close(down_project.down_project_da(random(40, 2), far, 0.0, None).shape, torch.Size((2, 3)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("R", "groups"), [(3, 3), (40, 2)])
+def test_groups_are_those_of_the_reference(dtype, R, groups):
+    """A seed for each group of columns: blocks of r that end within their group, several of them, tails."""
+    seeds, x, a = torch.arange(groups) + 2**40, random(70, 131, dtype=dtype), random(groups * R, 131)
+    ds = random(70, groups * R)
+    args = {"s": (x, a), "da": (ds, x), "dx": (random(70, 131, dtype=dtype), ds, a.t(), 0.5)}
+    functions = {"s": "down_project", "da": "down_project_da", "dx": "low_rank_update_"}
+    for name, given in args.items():
+        of = [low_rank, reference_low_rank] if name == "dx" else [down_project, reference_down]
+        ours, same, exact = (
+            getattr(module, functions[name])(
+                *(t.clone().to(wide) if torch.is_tensor(t) else t for t in given), 0.4, seeds
+            )
+            for module, wide in ((of[0], None), (of[1], None), (of[1], torch.float64))
+        )
+        assert_as_accurate(name, ours, same, exact, times=3.0)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_update_writes_inside_its_view_alone(p):
     """Case 10: y is a window into a larger tensor whose frame must not change."""

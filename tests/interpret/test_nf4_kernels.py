@@ -98,6 +98,8 @@ def test_fused_and_slab_agree(monkeypatch, rows, dtype, splits):
         monkeypatch.setattr(configs, "NF4_SLAB_BYTES", slab_bytes)
         assert_as_accurate("y", linear.nf4_linear(x, weight, bias), same[0], exact[0])
         assert_as_accurate("dx", linear.nf4_linear_dx(dy, weight), same[1], exact[1], times=3.0)
+        added = linear.nf4_linear_dx_add_(x.clone(), dy, weight)
+        assert_as_accurate("x + dx", added, x + same[1], x.double() + exact[1], times=3.0)
 
 
 def test_columns_are_decoded_exactly():
