@@ -81,7 +81,7 @@ def test_low_rank_update(arch, dtype, adapter, rank):
     lean(_low_rank_update_kernel, arch, dtype, adapter, rank, GROUPS=1, DROPOUT=False, **flags)
     dx_unit = ("stride_yn", "stride_bn")  # dropout is dx's, whose b is aᵀ
     for groups, entry in ((1, "low_rank_update"), (3, "low_rank_update_groups")):
-        masked = dict(unit=dx_unit, entry=entry, GROUPS=groups, DROPOUT=True)
+        masked = dict(unit=dx_unit, name=entry, GROUPS=groups, DROPOUT=True)
         lean(_low_rank_update_kernel, arch, dtype, adapter, rank, **masked, **flags)
 
 
