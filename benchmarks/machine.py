@@ -6,7 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-PACKAGES = ("torch", "triton", "peft", "bitsandbytes", "transformers", "pytest-benchmark")
+PACKAGES = (
+    "torch", "triton", "peft", "bitsandbytes", "transformers", "trl", "liger-kernel",
+    "cut-cross-entropy", "pytest-benchmark",
+)  # fmt: skip
 _NVIDIA_SMI = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,driver_version"
 
 
