@@ -548,3 +548,27 @@ def test_a_block_keeps_less_than_pefts(p, most):
     rows, s = 128, 3 * 8 * 4
     assert bytes_kept["ours"] == rows * (2 * (64 + 2 * 224) + s) + (24 if p else 0)
     assert bytes_kept["ours"] <= most * bytes_kept["peft"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft_ops.AdapterConfig.parallel(mh_adapter=True, bottleneck=4, task_type="CAUSAL_LM"),
+        peft_ops.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        peft_ops.FullConfig(task_type="CAUSAL_LM"),
+    ],
+    ids=["parallel adapters", "prefix-tuning", "full"],
+)
+def test_models_of_other_methods(config):
+    """Their MLPs are frozen, have hooks, or are trained whole."""
+    model = peft_ops.adapt(build(), config).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p) * p.requires_grad)
+    expected = outcome(model)
+    fused = peft_ops.fuse(model)
+    assert len(fused.mlps) == 2
+    assert fused.projections == {}
+    assert_same(outcome(model), expected)
+    peft_ops.unfuse(model)
+    assert_same(outcome(model), expected)
