@@ -72,7 +72,8 @@ def down_project(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor 
     """See peft_ops.reference.down_project."""
     (M, K), R = x.shape, a.shape[0]
     arch = configs.arch_of(x.device)
-    config, block_r = configs.launch("down_project", arch, x.dtype), configs.block_r(R, arch, x.dtype)
+    block_r = configs.block_r(R, arch, x.dtype)
+    config = configs.launch("down_project", arch, x.dtype, M, block_r)
     blocks = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(R, block_r)
     parts = configs.splits(blocks[0] * blocks[1], triton.cdiv(K, config["BLOCK_K"]))
     s = x.new_empty(parts, M, R, dtype=torch.float32)
@@ -91,7 +92,8 @@ def down_project_da(ds: torch.Tensor, x: torch.Tensor, p: float, seed: torch.Ten
     """See peft_ops.reference.down_project; the parts are added in a fixed order."""
     (M, K), R = x.shape, ds.shape[1]
     arch = configs.arch_of(x.device)
-    config, block_r = configs.launch("down_project_da", arch, x.dtype), configs.block_r(R, arch, x.dtype)
+    block_r = configs.block_r(R, arch, x.dtype)
+    config = configs.launch("down_project_da", arch, x.dtype, M, block_r)
     blocks = triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(R, block_r)
     parts = configs.splits(blocks[0] * blocks[1], triton.cdiv(M, config["BLOCK_M"]))
     da = x.new_empty(parts, R, K, dtype=torch.float32)

@@ -1,6 +1,6 @@
 """A linear layer with its low-rank term: y = x Wᵀ + bias + scaling · s bᵀ, and dx = dy W + drop'(ds a).
 
-Two routes, chosen by `configs.FUSED_LINEAR_MAX_M`: one GEMM that carries the low-rank term as a last step of its
+Two routes, chosen by `configs.linear_route`: one GEMM that carries the low-rank term as a last step of its
 reduction, or the vendor's GEMM (an NF4 weight: `nf4_linear`) and one in-place update.
 """
 
@@ -49,7 +49,7 @@ def linear_low_rank(
     x: torch.Tensor, weight, bias: torch.Tensor | None, s: torch.Tensor, b: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """See peft_ops.reference.linear_low_rank."""
-    if _fused(x, weight):
+    if _fused(x, weight, dx=False):
         return _fused_linear(x, weight, bias, s, b, scaling, 0.0, None)
     if isinstance(weight, torch.Tensor):
         bias = None if bias is None else bias.to(x.dtype)
@@ -63,17 +63,18 @@ def linear_low_rank_dx(
     dy: torch.Tensor, weight, ds: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor | None
 ) -> torch.Tensor:
     """See peft_ops.reference.linear_low_rank."""
-    if _fused(dy, weight) and p < 1.0:
+    if p < 1.0 and _fused(dy, weight, dx=True):
         return _fused_linear(dy, weight.t(), None, ds, a.t(), 1.0, p, seed)
     dx = dy @ weight.to(dy.dtype) if isinstance(weight, torch.Tensor) else nf4_linear_dx(dy, weight)
     return low_rank_update_(dx, ds, a.t(), 1.0, p, seed)
 
 
-def _fused(x: torch.Tensor, weight) -> bool:
-    return (
-        isinstance(weight, torch.Tensor) and weight.dtype == x.dtype != torch.float32
-        and x.shape[0] <= configs.FUSED_LINEAR_MAX_M
-    )  # fmt: skip
+def _fused(x: torch.Tensor, weight, dx: bool) -> bool:
+    """Whether one GEMM makes x [rows, k] times weight and its low-rank term; k are W's columns, with dx its rows."""
+    if not isinstance(weight, torch.Tensor) or not weight.dtype == x.dtype != torch.float32:
+        return False
+    out, k = weight.shape[::-1] if dx else weight.shape
+    return configs.linear_route(x.shape[0], out, k, x.dtype, configs.arch_of(x.device), dx) == "fused"
 
 
 def _fused_linear(x, weight, bias, s, b, scaling, p, seed) -> torch.Tensor:
@@ -82,12 +83,13 @@ def _fused_linear(x, weight, bias, s, b, scaling, p, seed) -> torch.Tensor:
     if y.numel() == 0:
         return y
     arch = configs.arch_of(x.device)
-    config = configs.launch("linear_low_rank", arch, x.dtype)
+    block_r = configs.block_r(R, arch, x.dtype)
+    config = configs.launch("linear_low_rank", arch, x.dtype, M, block_r)
     seed_ptr, threshold, keep_scale = dropout_arguments(p, seed, x)
     with device_guard(x):
         _linear_low_rank_kernel[(triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)](
             x, weight, x if bias is None else bias, s, b, y, seed_ptr, M, N, K, R, *x.stride(), *weight.stride(),
-            s.stride(0), *b.stride(), N, scaling * keep_scale, threshold, BLOCK_R=configs.block_r(R, arch, x.dtype),
+            s.stride(0), *b.stride(), N, scaling * keep_scale, threshold, BLOCK_R=block_r,
             BIAS=bias is not None, DROPOUT=p > 0.0, PRECISION=configs.update_precision(arch, x.dtype), **config,
         )  # fmt: skip
     return y

@@ -114,11 +114,10 @@ def _sum_splits_kernel(part_ptr, bias_ptr, y_ptr, n, N, SPLITS: tl.constexpr, BL
 
 def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tensor:
     """See peft_ops.reference.nf4_linear."""
-    M, (N, K) = x.shape[0], weight.shape
-    if min(N, K) == 0 or K % weight.blocksize or not configs.nf4_fused(M, N, x.dtype):
+    M, (N, K), arch = x.shape[0], weight.shape, configs.arch_of(x.device)
+    if min(N, K) == 0 or K % weight.blocksize or not configs.nf4_fused(M, N, x.dtype, arch):
         return _slab_linear(x, weight, bias)
     x = x if x.stride(1) == 1 else x.contiguous()
-    arch = configs.arch_of(x.device)
     config = configs.nf4_linear("nf4_linear", M, arch, x.dtype)
     grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))
     splits, split_k = configs.nf4_splits(grid, K, config["BLOCK_K"])
@@ -136,11 +135,10 @@ def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tens
 
 def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
     """See peft_ops.reference.nf4_linear."""
-    M, (N, K) = dy.shape[0], weight.shape
-    if min(N, K) == 0 or K % weight.blocksize or not configs.nf4_fused(M, K, dy.dtype):
+    M, (N, K), arch = dy.shape[0], weight.shape, configs.arch_of(dy.device)
+    if min(N, K) == 0 or K % weight.blocksize or not configs.nf4_fused(M, K, dy.dtype, arch, "nf4_linear_dx"):
         return _slab_linear_dx(dy, weight)
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
-    arch = configs.arch_of(dy.device)
     config = configs.nf4_linear("nf4_linear_dx", M, arch, dy.dtype)
     grid = (triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"]))
     splits, split_n = configs.nf4_splits(grid, N, config["BLOCK_N"])
@@ -183,7 +181,7 @@ def _decoded_slabs(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Te
     """(rows, deq(W)[rows]): as many rows at a time as stay in the L2 cache, each in the memory of the last."""
     N, K = weight.shape
     align = weight.blocksize // math.gcd(K, weight.blocksize)
-    rows = configs.nf4_slab(N, K * dtype.itemsize, align)
+    rows = configs.nf4_slab(N, K * dtype.itemsize, align, configs.arch_of(weight.packed.device), dtype)
     slab = torch.empty(rows, K, dtype=dtype, device=weight.packed.device)
     for start in range(0, N, max(1, rows)):
         part = slice(start, min(start + rows, N))
@@ -192,7 +190,8 @@ def _decoded_slabs(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Te
 
 def _slab_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
     (N, K), blocksize = weight.shape, weight.blocksize
-    columns = K if K % blocksize else configs.nf4_slab(K, N * dy.element_size(), blocksize)
+    arch = configs.arch_of(dy.device)
+    columns = K if K % blocksize else configs.nf4_slab(K, N * dy.element_size(), blocksize, arch, dy.dtype)
     if columns == K:
         slab = torch.empty(N, K, dtype=dy.dtype, device=dy.device)
         return dy @ _decode_into(slab, weight, 0, None)
