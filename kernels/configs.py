@@ -9,6 +9,7 @@ memory of a family (99 KiB on NVIDIA, 64 KiB on AMD).
 import torch
 
 from . import measured
+from .arches import arch_of as arch_of
 from .measured import using as using
 from .prefix_configs import PREFIX_ATTENTION as PREFIX_ATTENTION
 from .prefix_configs import PREFIX_COLUMNS as PREFIX_COLUMNS
@@ -86,20 +87,6 @@ LAUNCH = {
 }
 PROGRAMS = 256  # how many programs a split reduction aims at: fixed, so that results do not depend on the GPU
 FUSED_LINEAR_MAX_M = 0  # rows up to which the base GEMM carries the low-rank term; above it, vendor GEMM + one update
-
-
-_arches: dict[torch.device, str] = {}
-
-
-def arch_of(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ..., or "default" where there is no GPU (the interpreter)."""
-    if device.type != "cuda":
-        return "default"
-    if device not in _arches:
-        properties = torch.cuda.get_device_properties(device)
-        amd = properties.gcnArchName.split(":")[0] if torch.version.hip else ""
-        _arches[device] = amd or f"sm_{properties.major}{properties.minor}"
-    return _arches[device]
 
 
 def launch(kernel: str, arch: str, dtype: torch.dtype, rows: int | None = None, rank: int = 0) -> dict[str, int]:

@@ -1,9 +1,9 @@
 """Which measured configuration or route serves a launch: the nearest table's nearest bucket, a dict lookup once found.
 
-The nearest architecture that knows a kernel serves it (`nearness`), and of its tables, bucket by bucket, this process's
-(`autotune`) before those of the folder PEFT_OPS_TABLES before the shipped ones. What is found depends on the tables,
-the architecture's name and shapes, never on clocks or the number of multiprocessors. No table says how many parts a
-reduction has: that is `configs.splits` of the grid, which follows from the shape and the block sizes.
+The nearest architecture that knows a kernel serves it (`arches.nearness`), and of its tables, bucket by bucket, this
+process's (`autotune`) before those of the folder PEFT_OPS_TABLES before the shipped ones. What is found depends on the
+tables, the architecture's name and shapes, never on clocks or the number of multiprocessors. No table says how many
+parts a reduction has: that is `configs.splits` of the grid, which follows from the shape and the block sizes.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .nearness import fits, nearness, same_major
+from .arches import fits, nearness, same_major
 from .table_files import LOGGER, Choice, Entry, Table, parsed, read_tables
 
 SHIPPED = Path(__file__).parent / "tables"

@@ -88,13 +88,13 @@ def public_functions(path):
 
 SHARED = {
     "__init__.py",
+    "arches.py",
     "autotune.py",
     "candidates.py",
     "configs.py",
     "launch.py",
     "logits.py",
     "measured.py",
-    "nearness.py",
     "nf4_tables.py",
     "prefix_configs.py",
     "problems.py",

@@ -12,7 +12,7 @@ import torch
 import torch._dynamo.testing
 
 pytest.importorskip("triton")
-from peft_ops.kernels import autotune, candidates, configs, measured, nearness, problems, table_files
+from peft_ops.kernels import arches, autotune, candidates, configs, measured, problems, table_files
 
 BF16 = torch.bfloat16
 DESIGN = configs.launch("down_project", "sm_90", BF16)
@@ -68,7 +68,7 @@ def test_without_a_table_the_design_holds(folder, arch):
 def test_the_nearest_architecture_stands_in(arch, order):
     """The same major version first, lower before higher; then lower ones; then any of the vendor."""
     known = {*order, "sm_75", "sm_80", "gfx90a", "nonsense", "sm_x", "gfx"}
-    found = {other: nearness.nearness(arch, other) for other in known}
+    found = {other: arches.nearness(arch, other) for other in known}
     assert sorted((other for other in found if found[other] is not None), key=found.get)[: len(order)] == order
 
 

@@ -1,4 +1,6 @@
-"""Which architecture stands in for another, and what fits it."""
+"""Architectures: a device's, which stands in for another, and what fits it."""
+
+import torch
 
 # Bytes of shared memory that one program may have (CUDA programming guide, "Compute Capabilities"; CDNA3 ISA: LDS).
 # Architectures that are not here are taken for the smallest of their vendor.
@@ -9,6 +11,19 @@ SHARED_LIMIT = {
 SMALLEST = {"sm": 101376, "gfx": 65536}
 
 Version = tuple[str, int, int, int]
+
+_arches: dict[torch.device, str] = {}
+
+
+def arch_of(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ..., or "default" where there is no GPU (the interpreter)."""
+    if device.type != "cuda":
+        return "default"
+    if device not in _arches:
+        properties = torch.cuda.get_device_properties(device)
+        amd = properties.gcnArchName.split(":")[0] if torch.version.hip else ""
+        _arches[device] = amd or f"sm_{properties.major}{properties.minor}"
+    return _arches[device]
 
 
 def version(arch: str) -> Version | None:
