@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.shapes import OF_MODELS, SQUARE
-from peft_ops.kernels import autotune, configs, linear_low_rank, nf4_linear, problems, stopwatch
+from peft_ops.kernels import autotune, configs, linear_low_rank, nf4_linear, problems, stopwatch, trials
 from peft_ops.kernels.table_files import DTYPES
 from peft_ops.kernels.table_files import ROUTES as CHOICES
 
@@ -91,7 +91,7 @@ def _chosen(
 
 def _right(run: Callable, expected: torch.Tensor) -> bool:
     try:
-        return autotune.same(run(), expected)
+        return trials.same(run(), expected)
     except Exception as error:  # a route that this device does not have
         print(f"skipped: {error}")
         return False

@@ -56,10 +56,14 @@ def same_major(arch: str, other: str) -> bool:
 
 
 def fits(shared: int | None, measured_on: str, arch: str) -> bool:
-    """Whether a configuration that took so much shared memory on one architecture can run on another."""
+    """Whether a configuration that took so much shared memory on one architecture will run on another.
+
+    The same one compiles to other sizes elsewhere: up to 1.8 times as much on sm_90 as on sm_80, where a tile that the
+    matrix unit takes from registers has to lie in shared memory. So it may take half of what there is.
+    """
     limit = SHARED_LIMIT.get(arch)
-    if measured_on == arch and (shared is None or limit is None):
-        return True
+    if measured_on == arch:
+        return shared is None or limit is None or shared <= limit
     if limit is None:
         limit = SMALLEST["gfx" if arch.startswith("gfx") else "sm"]
-    return shared is not None and shared <= limit
+    return shared is not None and 2 * shared <= limit

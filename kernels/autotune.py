@@ -9,10 +9,7 @@ traces.
 import datetime
 import os
 import threading
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,19 +17,18 @@ import triton
 
 from . import configs, measured, stopwatch, table_files
 from .candidates import CANDIDATES
-from .problems import PROBLEMS, Operands, Problem
+from .problems import PROBLEMS, Operands
 from .table_files import LOGGER
+from .trials import Trials, tells
 
 WIDTH = 4096  # K and N of the operands: those of a 7B model
 SAMPLES = 7, 25  # of every candidate, then of those that came near the best
 NEAR, BETTER = 1.15, 0.98  # near the best; better than the designed configuration, beyond noise
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of another order of summation
+ALL, TIMED, VARIANTS = slice(None), slice(1), slice(1, None)  # calls of a problem
 
-Results = list[list[torch.Tensor]]
 _LOCK = threading.RLock()
 _met: set[tuple] = set()
 _measuring = False
-_most_shared: dict[tuple, int] = {}
 
 
 def enable() -> None:
@@ -75,32 +71,29 @@ def measure(
     """A table's entry: the fastest configuration for the bucket of `rows`, with the times that speak for it.
 
     Every candidate's results are compared with the designed configuration's: a wrong one is refused and reported, one
-    that does not compile or launch is skipped; with `most`, only so many are tried. RuntimeError where the designed one
-    gives nothing to compare with.
+    that does not compile or launch is skipped; the fastest must do so for all variants of the operands. With `most`,
+    only so many are tried. RuntimeError where the designed one gives nothing to compare with.
     """
     rows = measured.bucket(rows)
     module, make = PROBLEMS[kernel]
     design = configs.designed(kernel, arch, dtype, rows)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         problem = make(Operands(device, dtype, rows, rank, width))
-        compiled = _compiled(module, kernel, device)
-        expected = _results(problem, kernel, design)
-        if not all(_tells(t) for results in expected for t in results):
+        trials = Trials(kernel, module, problem, device, (dtype, rank))
+        expected = trials.results(design, ALL)
+        if not tells(expected):
             raise RuntimeError(f"{kernel}: the designed configuration gives zeros or no numbers")
-        tried, of_design = [design], (kernel, dtype, rank, str(design))
-        shared = [_shared(compiled, _compiled(module, kernel, device), of_design)]
+        tried = [design]
         for candidate in ({**design, **given} for given in CANDIDATES[kernel][:most]):
-            compiled = _compiled(module, kernel, device)
-            if candidate not in tried and _agrees(problem, kernel, candidate, expected):
+            if candidate not in tried and trials.agree(candidate, expected, TIMED):
                 tried.append(candidate)
-                key = kernel, dtype, rank, str(candidate)
-                shared.append(_shared(compiled, _compiled(module, kernel, device), key))
-        del expected
-        best, times = _fastest(problem, kernel, tried, device, samples)
+        times = _times(trials, tried, device, samples)
+        faster = sorted((i for i in times if times[i] < BETTER * times[0]), key=times.__getitem__)
+        best = next((i for i in faster if trials.agree(tried[i], expected, VARIANTS)), 0)
     return {
         "dtype": str(dtype).removeprefix("torch."), "rows": rows, "rank": rank, "config": tried[best],
-        "shared": shared[best], "default_us": round(times[0], 2), "best_us": round(times[best], 2), "tried": len(tried),
-        "width": width, "measured": evidence(device, revision),
+        "shared": trials.shared(tried[best]), "default_us": round(times[0], 2), "best_us": round(times[best], 2),
+        "tried": len(tried), "width": width, "measured": evidence(device, revision),
     }  # fmt: skip
 
 
@@ -129,75 +122,14 @@ def header(arch: str, device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _fastest(
-    problem: Problem, kernel: str, tried: list[dict], device: torch.device, samples: tuple[int, int]
-) -> tuple[int, dict[int, float]]:
-    """(which of `tried`, microseconds of those measured to the end); the first, the design, unless one is better."""
-    calls = [partial(_with, kernel, config, problem.calls[0]) for config in tried]
+def _times(
+    trials: Trials, tried: list[dict], device: torch.device, samples: tuple[int, int]
+) -> dict[int, float]:  # fmt: skip
+    """Microseconds of the design, which is the first, and of those that are near the best."""
+    calls = [trials.timed(config) for config in tried]
     first = stopwatch.medians(calls, device, samples[0])
     near = [i for i, took in enumerate(first) if i == 0 or took <= NEAR * min(first)]
-    second = stopwatch.medians([calls[i] for i in near], device, samples[1])
-    times = dict(zip(near, second, strict=True))
-    best = min(times, key=times.__getitem__)
-    return (best if times[best] < BETTER * times[0] else 0), times
-
-
-def _with(kernel: str, config: dict, call: Callable) -> Any:
-    with measured.using(kernel, config):
-        return call()
-
-
-def _results(problem: Problem, kernel: str, config: dict) -> Results:
-    results = []
-    for call in problem.calls:
-        problem.reset()
-        given = _with(kernel, config, call)
-        tensors = [t for t in (given if isinstance(given, tuple) else (given,)) if t is not None]
-        results.append([t.clone() for t in tensors])
-    if results[0][0].is_cuda:
-        torch.cuda.synchronize(results[0][0].device)
-    return results
-
-
-def _tells(t: torch.Tensor) -> bool:
-    return t.dtype == torch.uint8 or bool(t.isfinite().all() and t.norm() > 0)
-
-
-def _agrees(problem: Problem, kernel: str, config: dict, expected: Results) -> bool:
-    try:
-        results = _results(problem, kernel, config)
-    except Exception as error:  # too much shared memory, a tile that the compiler refuses, ...
-        LOGGER.debug("%s %s is skipped: %s", kernel, config, error)
-        return False
-    pairs = [(a, b) for ours, truth in zip(results, expected, strict=True) for a, b in zip(ours, truth, strict=True)]
-    if all(same(ours, truth) for ours, truth in pairs):
-        return True
-    LOGGER.warning("%s %s is refused: its results are wrong", kernel, config)
-    return False
-
-
-def same(ours: torch.Tensor, truth: torch.Tensor) -> bool:
-    """Whether two sums differ by their order at most; codes, not at all."""
-    if truth.dtype == torch.uint8:
-        return torch.equal(ours, truth)
-    error = (ours.double() - truth.double()).norm() / truth.double().norm()
-    return bool(error <= TOLERANCE[truth.dtype])
-
-
-def _compiled(module: ModuleType, kernel: str, device: torch.device) -> dict:
-    """What Triton has compiled of a kernel so far; nothing in the interpreter."""
-    caches = getattr(getattr(module, f"_{kernel}_kernel"), "device_caches", None)
-    return dict(caches[device.index or 0][0]) if caches and device.type == "cuda" else {}
-
-
-def _shared(before: dict, after: dict, key: tuple) -> int | None:
-    """Most shared memory of a configuration's variants, those compiled for another bucket too; None where unknown."""
-    new = [after[compiled].metadata.shared for compiled in after.keys() - before.keys()]
-    known = [*new, *([_most_shared[key]] if key in _most_shared else [])]
-    if not known:
-        return None
-    _most_shared[key] = max(known)
-    return _most_shared[key]
+    return dict(zip(near, stopwatch.medians([calls[i] for i in near], device, samples[1]), strict=True))
 
 
 def _device(arch: str) -> torch.device:

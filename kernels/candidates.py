@@ -19,9 +19,10 @@ def _each(names: str, *values: tuple[int, ...]) -> Candidates:
 
 _UPDATES = _each("MNws", (16, 128, 4, 2), (16, 256, 4, 2), (32, 128, 4, 2), (32, 256, 8, 2), (64, 64, 4, 2),
                  (64, 128, 8, 2), (64, 256, 8, 2), (128, 64, 4, 2), (128, 128, 8, 2))  # fmt: skip
-_NORMS = _each("NKws", (16, 128, 4, 3), (32, 64, 4, 3), (32, 128, 4, 3), (32, 128, 8, 2), (64, 64, 4, 2),
+_NORMS = _each("NKws", (16, 64, 4, 3), (32, 64, 4, 3), (32, 128, 4, 3), (32, 128, 8, 2), (64, 64, 4, 2),
                (128, 64, 8, 2))  # fmt: skip
 _DECODES = _each("ew", *product((1024, 2048, 4096, 8192, 16384), (4, 8)))
+_LOGITS = _each("MNKws", (64, 128, 64, 4, 3), (64, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 32, 8, 4))
 _GEMMS = _each("MNKws", (64, 128, 64, 4, 3), (64, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
                (128, 256, 64, 8, 3), (256, 128, 64, 8, 3))  # fmt: skip
 
@@ -54,11 +55,14 @@ CANDIDATES: dict[str, Candidates] = {
     "nf4_dora_norm": _NORMS,
     "dora_update": _UPDATES,
     "dora_gradients": _each("MNw", (16, 128, 4), (16, 256, 4), (32, 64, 4), (32, 256, 8), (64, 128, 8)),
-    "up_project": _UPDATES,
+    "up_project": _each(
+        "MNws", (32, 64, 4, 2), (32, 128, 8, 2), (32, 256, 8, 2), (64, 64, 4, 2), (64, 256, 8, 2), (128, 64, 8, 2),
+        (128, 128, 8, 2),
+    ),
     "up_project_gradients": _each(
         "MNws", (32, 64, 4, 3), (32, 128, 4, 3), (64, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 3),
     ),
-    "logprob": _GEMMS,
-    "logprob_gradient": _GEMMS,
-    "add_product": _GEMMS,
+    "logprob": _LOGITS,
+    "logprob_gradient": _LOGITS,
+    "add_product": _LOGITS,
 }  # fmt: skip

@@ -15,8 +15,8 @@ P = 0.1
 
 
 class Problem(NamedTuple):
-    """calls: the first is timed; all must run, and agree with the designed configuration. reset: undoes a call that
-    works in place, before one that is compared."""
+    """calls: the first is timed; the others are variants that the fastest configuration must run too, those that take
+    the most shared memory among them. reset: undoes a call that works in place, before one that is compared."""
 
     calls: tuple[Callable[[], Any], ...]
     reset: Callable[[], Any] = lambda: None
@@ -52,6 +52,11 @@ class Operands:
     def narrow(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, device=self.device, generator=self.generator, dtype=self.dtype)
 
+    def strange(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As from t(), a slice (no pointer or stride is a multiple of 16 bytes), and both."""
+        across, sliced = self.narrow(columns, rows).t(), self.narrow(rows, columns + 1)[:, 1:]
+        return across, sliced, self.narrow(columns, rows + 1)[:, 1:].t()
+
     def nf4(self, N: int, K: int) -> tuple[Weight, Weight]:
         """(with float32 scales, with nested ones)."""
         (packed, absmax), shape = nf4.nf4_quantize(self.narrow(N, K), BLOCKSIZE), torch.Size((N, K))
@@ -61,13 +66,15 @@ class Operands:
 
 def _down_project(o: Operands) -> Problem:
     x, a, call = o.narrow(o.rows, o.width), o.wide(o.rank, o.width), down_project.down_project
+    variants = [partial(call, strange, a, 0.0, None) for strange in o.strange(o.rows, o.width)]
     return Problem((partial(call, x, a, 0.0, None), partial(call, x, a, P, o.seed),
-                    partial(call, x, a.to(o.dtype), 0.0, None)))  # fmt: skip
+                    partial(call, x, a.to(o.dtype), 0.0, None), *variants))  # fmt: skip
 
 
 def _down_project_da(o: Operands) -> Problem:
     ds, x, call = o.wide(o.rows, o.rank), o.narrow(o.rows, o.width), down_project.down_project_da
-    return Problem((partial(call, ds, x, 0.0, None), partial(call, ds, x, P, o.seed)))
+    variants = [partial(call, ds, strange, 0.0, None) for strange in o.strange(o.rows, o.width)]
+    return Problem((partial(call, ds, x, 0.0, None), partial(call, ds, x, P, o.seed), *variants))
 
 
 def _low_rank_update(o: Operands) -> Problem:
@@ -80,28 +87,31 @@ def _low_rank_update(o: Operands) -> Problem:
 def _low_rank_gradients(o: Operands) -> Problem:
     dy, s, b = o.narrow(o.rows, o.width), o.wide(o.rows, o.rank), o.wide(o.width, o.rank)
     call = partial(low_rank.low_rank_gradients, dy)
-    return Problem((partial(call, s, b, 1.0), partial(call, None, b, 1.0), partial(call, s, b.to(o.dtype), 1.0)))
+    variants = [partial(low_rank.low_rank_gradients, strange, s, b, 1.0) for strange in o.strange(o.rows, o.width)]
+    return Problem((partial(call, s, b, 1.0), partial(call, None, b, 1.0), partial(call, s, b.to(o.dtype), 1.0),
+                    *variants))  # fmt: skip
 
 
 def _linear_low_rank(o: Operands) -> Problem:
     x, w, s = o.narrow(o.rows, o.width), o.narrow(o.width, o.width), o.wide(o.rows, o.rank)
     a, b, bias = o.wide(o.rank, o.width), o.wide(o.width, o.rank), o.narrow(o.width)
-    forward = partial(on_route, "linear", "fused", linear_low_rank.linear_low_rank, x, w)
+    call = partial(on_route, "linear", "fused", linear_low_rank.linear_low_rank)
+    forward, variants = partial(call, x, w), [partial(call, t, w, None, s, b, 1.0) for t in o.strange(o.rows, o.width)]
     backward = partial(on_route, "linear_dx", "fused", linear_low_rank.linear_low_rank_dx, x, w)
     return Problem((partial(forward, None, s, b, 1.0), partial(forward, bias, s, b, 1.0),
-                    partial(backward, s, a, P, o.seed)))  # fmt: skip
+                    partial(backward, s, a, P, o.seed), *variants))  # fmt: skip
 
 
 def _nf4_linear(o: Operands) -> Problem:
     x, weights = o.narrow(o.rows, o.width), o.nf4(o.width, o.width)
-    call = partial(on_route, "nf4_linear", "fused", nf4_linear.nf4_linear, x)
-    return Problem(tuple(partial(call, weight, None) for weight in weights))
+    call, (_, sliced, _) = partial(on_route, "nf4_linear", "fused", nf4_linear.nf4_linear), o.strange(o.rows, o.width)
+    return Problem(tuple(partial(call, t, weight, None) for t in (x, sliced) for weight in weights))
 
 
 def _nf4_linear_dx(o: Operands) -> Problem:
     dy, weights = o.narrow(o.rows, o.width), o.nf4(o.width, o.width)
-    return Problem(tuple(partial(on_route, "nf4_linear_dx", "fused", nf4_linear.nf4_linear_dx, dy, weight)
-                         for weight in weights))  # fmt: skip
+    call, (_, sliced, _) = partial(on_route, "nf4_linear_dx", "fused", nf4_linear.nf4_linear_dx), o.strange(*dy.shape)
+    return Problem(tuple(partial(call, t, weight) for t in (dy, sliced) for weight in weights))
 
 
 def _nf4_dequantize(o: Operands) -> Problem:
@@ -118,7 +128,9 @@ def _lines(o: Operands) -> int:
 
 def _dora_norm(o: Operands) -> Problem:
     w, a, b = o.narrow(o.rows, o.width), o.wide(16, o.width), o.wide(o.rows, 16)
-    return Problem((partial(dora.dora_norm, w, a, b, 1.0), partial(dora.dora_norm, w, a.to(o.dtype), b, 1.0)))
+    variants = [partial(dora.dora_norm, strange, a, b, 1.0) for strange in o.strange(o.rows, o.width)]
+    return Problem((partial(dora.dora_norm, w, a, b, 1.0), partial(dora.dora_norm, w, a.to(o.dtype), b, 1.0),
+                    *variants))  # fmt: skip
 
 
 def _nf4_dora_norm(o: Operands) -> Problem:
@@ -148,7 +160,9 @@ def _up_project(o: Operands) -> Problem:
 
 def _up_project_gradients(o: Operands) -> Problem:
     dy, s, w, bias = o.narrow(o.rows, o.width), o.wide(o.rows, o.rank), o.wide(o.width, o.rank), o.wide(o.rank)
-    return Problem((partial(bottleneck_adapter.up_project_gradients, dy, s, bias, w, "gelu", 1.0, True, True),))
+    how = s, bias, w, "gelu", 1.0, True, True
+    return Problem(tuple(partial(bottleneck_adapter.up_project_gradients, t, *how)
+                         for t in (dy, *o.strange(o.rows, o.width))))  # fmt: skip
 
 
 def _logprob(o: Operands) -> Problem:

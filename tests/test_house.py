@@ -101,6 +101,7 @@ SHARED = {
     "stopwatch.py",
     "table_files.py",
     "tiles.py",
+    "trials.py",
 }  # no op asks for these
 
 

@@ -120,13 +120,13 @@ def test_a_kernel_that_cannot_be_measured_runs_as_designed(asked, monkeypatch, c
 def test_wrong_and_failing_candidates_are_not_taken(folder, monkeypatch, caplog):
     wrong, failing = {"BLOCK_M": 16}, {"BLOCK_M": 48}  # no tile is 48 rows
     monkeypatch.setitem(candidates.CANDIDATES, "down_project", (wrong, failing, {"BLOCK_K": 64}))
-    right = autotune._results
+    right = autotune.Trials.results
 
-    def results(problem, kernel, config):
-        found = right(problem, kernel, config)
+    def results(self, config, calls):
+        found = right(self, config, calls)
         return [[t + 1 for t in tensors] for tensors in found] if config["BLOCK_M"] == 16 else found
 
-    monkeypatch.setattr(autotune, "_results", results)
+    monkeypatch.setattr(autotune.Trials, "results", results)
     monkeypatch.setattr(autotune.stopwatch, "medians", lambda calls, *how: [9.0, *range(1, len(calls))])
     entry = autotune.measure(*KEY, 20, 16, **CPU)
     assert (entry["tried"], entry["config"]["BLOCK_M"], entry["config"]["BLOCK_K"]) == (2, 64, 64)
@@ -135,13 +135,28 @@ def test_wrong_and_failing_candidates_are_not_taken(folder, monkeypatch, caplog)
     assert "'BLOCK_M': 16" in caplog.text
 
 
+def test_the_fastest_must_run_every_variant(folder, monkeypatch):
+    """Misaligned and transposed operands take more shared memory, on some chips."""
+    right = autotune.Trials.results
+
+    def results(self, config, calls):
+        if config["BLOCK_M"] == 16 and calls == autotune.VARIANTS:
+            raise RuntimeError("out of resource: shared memory")
+        return right(self, config, calls)
+
+    monkeypatch.setattr(autotune.Trials, "results", results)
+    monkeypatch.setattr(autotune.stopwatch, "medians", lambda calls, *how: [9.0, 1.0, 1.1])
+    entry = autotune.measure(*KEY, 20, 16, **CPU)
+    assert (entry["tried"], entry["config"]["BLOCK_M"], entry["best_us"]) == (3, 64, 1.1)
+
+
 def test_the_design_stays_unless_clearly_beaten(folder, monkeypatch):
     monkeypatch.setattr(autotune.stopwatch, "medians", lambda calls, *how: [1.0] + [0.99] * (len(calls) - 1))
     assert autotune.measure(*KEY, 20, 16, **CPU)["config"] == configs.designed(*KEY)
 
 
 def test_zeros_are_nothing_to_compare_with(folder, monkeypatch):
-    monkeypatch.setattr(autotune, "_results", lambda *args: [[torch.zeros(3)]])
+    monkeypatch.setattr(autotune.Trials, "results", lambda *args: [[torch.zeros(3)]])
     with pytest.raises(RuntimeError, match="zeros"):
         autotune.measure(*KEY, 20, 16, **CPU)
 
