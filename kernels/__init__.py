@@ -7,6 +7,8 @@ transformers, which imports a package called kernels where it finds one, sees on
 if __name__ == "kernels":
     __path__ = []
 else:
+    import os
+
     from . import bottleneck_adapter as bottleneck_adapter
     from . import dora as dora
     from . import down_project as down_project
@@ -17,3 +19,8 @@ else:
     from . import nf4 as nf4
     from . import nf4_linear as nf4_linear
     from . import prefix_attention as prefix_attention
+
+    if os.environ.get("PEFT_OPS_AUTOTUNE") == "1":
+        from . import autotune
+
+        autotune.enable()

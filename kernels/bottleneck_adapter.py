@@ -109,14 +109,15 @@ def up_project(
     if y.numel() == 0:
         return y
     arch = configs.arch_of(s.device)
-    config = configs.launch("up_project", arch, dtype)
+    block_r = configs.block_r(R, arch, dtype)
+    config = configs.launch("up_project", arch, dtype, M, block_r)
     bias, up_bias = (None if t is None else t.contiguous() for t in (bias, up_bias))
     res_strides = (0, 0) if residual is None else residual.stride()
     with device_guard(s):
         _up_project_kernel[triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])](
             s, s if bias is None else bias, weight, s if up_bias is None else up_bias,
             s if residual is None else residual, y, M, N, R, s.stride(0), *weight.stride(), *res_strides, N, scaling,
-            BLOCK_R=configs.block_r(R, arch, dtype), ACTIVATION=activation, BIAS=bias is not None,
+            BLOCK_R=block_r, ACTIVATION=activation, BIAS=bias is not None,
             UP_BIAS=up_bias is not None, RESIDUAL=residual is not None,
             PRECISION=configs.update_precision(arch, dtype), **config,
         )  # fmt: skip
@@ -138,7 +139,8 @@ def up_project_gradients(
         return dz, None, None
     (M, N), R = dy.shape, s.shape[1]
     arch = configs.arch_of(dy.device)
-    config, block_r = configs.launch("up_project_gradients", arch, dy.dtype), configs.block_r(R, arch, dy.dtype)
+    block_r = configs.block_r(R, arch, dy.dtype)
+    config = configs.launch("up_project_gradients", arch, dy.dtype, M, block_r)
     blocks = triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(R, block_r) if need_weight else 1
     parts = configs.splits(blocks[0] * blocks[1], triton.cdiv(M, config["BLOCK_M"]))
     size = N * R if need_weight else 0  # of dweight; dup_bias lies behind it

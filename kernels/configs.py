@@ -1,11 +1,20 @@
 """Launch configurations per kernel and architecture, and the choices between kernels.
 
-A kernel looks up its device's architecture (16-bit operands), then the family's, then the default: a GPU that nobody
-has measured gets the nearest entry, never an error. Sizes fit the smallest shared memory of a family (99 KiB on NVIDIA,
-64 KiB on AMD). Everything here is a design value until `benchmarks/results/<gpu>/` holds a measurement behind it.
+What was measured comes first (`measured`: tables/<arch>.json, written by `python -m benchmarks.tune`). Where there is
+no table, the design values here hold: of the device's architecture (16-bit operands), then the family's, then the
+default, so that a GPU that nobody has measured gets the nearest entry, never an error. Sizes fit the smallest shared
+memory of a family (99 KiB on NVIDIA, 64 KiB on AMD).
 """
 
 import torch
+
+from . import measured
+from .arches import arch_of as arch_of
+from .measured import using as using
+from .prefix_configs import PREFIX_ATTENTION as PREFIX_ATTENTION
+from .prefix_configs import PREFIX_COLUMNS as PREFIX_COLUMNS
+from .prefix_configs import covering as covering
+from .prefix_configs import prefix_attention as prefix_attention
 
 LAUNCH = {
     "down_project": {
@@ -99,32 +108,19 @@ LAUNCH = {
 PROGRAMS = 256  # how many programs a split reduction aims at: fixed, so that results do not depend on the GPU
 
 
-_arches: dict[torch.device, str] = {}
-_multiprocessors: dict[torch.device, int] = {}
+def launch(kernel: str, arch: str, dtype: torch.dtype, rows: int | None = None, rank: int = 0) -> dict[str, int]:
+    """Block sizes, num_warps and num_stages of a kernel for operands of `dtype` on an architecture.
+
+    rows: that the kernel runs over, rank: its BLOCK_R where the launcher sets that; without rows, the design values.
+    """
+    design = designed(kernel, arch, dtype)
+    return design if rows is None else measured.config(kernel, arch, dtype, rows, rank, design)
 
 
-def arch_of(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ..., or "default" where there is no GPU (the interpreter)."""
-    if device.type != "cuda":
-        return "default"
-    if device not in _arches:
-        properties = torch.cuda.get_device_properties(device)
-        amd = properties.gcnArchName.split(":")[0] if torch.version.hip else ""
-        _arches[device] = amd or f"sm_{properties.major}{properties.minor}"
-    return _arches[device]
-
-
-def multiprocessors(device: torch.device) -> int:
-    """How many programs of a persistent kernel a device runs at once; 3 where there is no GPU."""
-    if device.type != "cuda":
-        return 3
-    if device not in _multiprocessors:
-        _multiprocessors[device] = torch.cuda.get_device_properties(device).multi_processor_count
-    return _multiprocessors[device]
-
-
-def launch(kernel: str, arch: str, dtype: torch.dtype) -> dict[str, int]:
-    """Block sizes, num_warps and num_stages of a kernel for operands of `dtype` on an architecture."""
+def designed(kernel: str, arch: str, dtype: torch.dtype, rows: int = 0) -> dict[str, int]:
+    """What a kernel is launched with where no table has it."""
+    if kernel not in LAUNCH:
+        return NF4_TILES[kernel] if kernel in NF4_TILES else _nf4_linear_design(kernel, rows, arch, dtype)
     table = LAUNCH[kernel]
     amd = arch.startswith("gfx")
     for key in (arch, "gfx") if amd else (f"{arch} fp32", "fp32") if dtype == torch.float32 else (arch,):
@@ -133,13 +129,14 @@ def launch(kernel: str, arch: str, dtype: torch.dtype) -> dict[str, int]:
     return table["default"]
 
 
-def linear_route(rows: int, out: int, k: int, dtype: torch.dtype, arch: str) -> str:
+def linear_route(rows: int, out: int, k: int, dtype: torch.dtype, arch: str, dx: bool = False) -> str:
     """How a dense x Wᵀ [rows, out] over k gets its low-rank term: "vendor" (its GEMM, then an update in place), "few
     rows" (two launches with the down-projection), "fused" (one GEMM with the term inside) or "tma" (the same for Hopper
-    and Blackwell; "fused" where it cannot). All but the first sum in another order than the vendor, so that B = 0 no
-    longer equals the base to the bit: none is taken until a table asks for it.
+    and Blackwell; "fused" where it cannot).
+
+    "vendor" sums as the base alone does, so that B = 0 equals it to the bit; the others need a table to ask for them.
     """
-    return "vendor"
+    return measured.route("linear_dx" if dx else "linear", arch, dtype, out, k, rows) or "vendor"
 
 
 def fp32_precision(arch: str) -> str:
@@ -198,9 +195,13 @@ NF4_TILES = {  # elements and warps of a program that walks blocks
 }
 
 
-def nf4_blocks(kernel: str, blocksize: int) -> dict[str, int]:
-    """BLOCKS of one program and its num_warps."""
+def nf4_blocks(
+    kernel: str, blocksize: int, arch: str = "default", dtype: torch.dtype = torch.float32, elements: int | None = None
+) -> dict[str, int]:
+    """BLOCKS of one program and its num_warps, for that many elements; without them, the design values."""
     tile = NF4_TILES[kernel]
+    if elements is not None:
+        tile = measured.config(kernel, arch, dtype, elements, 0, tile)
     return dict(BLOCKS=max(1, tile["elements"] // blocksize), num_warps=tile["num_warps"])
 
 
@@ -236,6 +237,10 @@ NF4_SLAB_BYTES = 32 << 20  # of decoded weights at once: stays in the L2 cache o
 
 def nf4_linear(kernel: str, rows: int, arch: str, dtype: torch.dtype) -> dict[str, int]:
     """Launch configuration of a fused NF4 kernel for `rows` rows of x."""
+    return measured.config(kernel, arch, dtype, rows, 0, _nf4_linear_design(kernel, rows, arch, dtype))
+
+
+def _nf4_linear_design(kernel: str, rows: int, arch: str, dtype: torch.dtype) -> dict[str, int]:
     table = NF4_LINEAR[kernel]
     fit = next((most for most in (16, 32, 64) if rows <= most), 128)
     if kernel == "nf4_linear_dx" and arch.startswith(("sm_9", "sm_10")):  # a warp group's instruction has 64 rows of dy
@@ -248,15 +253,23 @@ def nf4_linear(kernel: str, rows: int, arch: str, dtype: torch.dtype) -> dict[st
     }
 
 
-def nf4_fused(rows: int, out: int, dtype: torch.dtype) -> bool:
+def nf4_fused(rows: int, out: int, dtype: torch.dtype, arch: str = "default", kernel: str = "nf4_linear") -> bool:
     """Whether an NF4 product with `rows` rows and `out` columns decodes inside the GEMM."""
+    choice = measured.route(kernel, arch, dtype, out, 0, rows)
+    return rows > 0 and choice == "fused" if choice else nf4_fused_by_design(rows, out, dtype)
+
+
+def nf4_fused_by_design(rows: int, out: int, dtype: torch.dtype) -> bool:
     most = 16 if dtype == torch.float32 else next(most for widest, most in NF4_FUSED_ROWS if out <= widest)
     return 0 < rows <= most
 
 
-def nf4_slab(lines: int, line_bytes: int, align: int) -> int:
+def nf4_slab(
+    lines: int, line_bytes: int, align: int, arch: str = "default", dtype: torch.dtype = torch.bfloat16
+) -> int:
     """How many lines of a decoded weight make a slab: a multiple of align, or all."""
-    return min(lines, max(1, NF4_SLAB_BYTES // max(1, line_bytes * align)) * align)
+    most = measured.route("nf4_slab_bytes", arch, dtype, 0, 0, 1) or NF4_SLAB_BYTES
+    return min(lines, max(1, most // max(1, line_bytes * align)) * align)
 
 
 def nf4_splits(grid: tuple[int, int], reduction: int, block: int) -> tuple[int, int]:
@@ -264,41 +277,6 @@ def nf4_splits(grid: tuple[int, int], reduction: int, block: int) -> tuple[int, 
     steps = -(-reduction // block)
     each = -(-steps // splits(grid[0] * grid[1], steps))
     return -(-steps // each), each * block
-
-
-# By the wider head dimension of keys and values, PREFIX_COLUMNS of which hold the prefix's gradients at a time. Dropout
-# and a float32 prefix beside 16-bit queries fit as well.
-PREFIX_ATTENTION = {
-    "prefix_merge": {
-        64: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_C=32, num_warps=8, num_stages=1),
-        128: dict(BLOCK_M=64, BLOCK_N=32, BLOCK_C=32, num_warps=8, num_stages=1),
-        256: dict(BLOCK_M=64, BLOCK_N=16, BLOCK_C=32, num_warps=8, num_stages=1),
-        "fp32": dict(BLOCK_M=32, BLOCK_N=32),
-        "few": dict(num_warps=4),
-    },
-    "prefix_dq": {
-        64: dict(BLOCK_M=64, BLOCK_N=16, BLOCK_C=32, num_warps=4, num_stages=1),
-        128: dict(BLOCK_M=64, BLOCK_N=16, BLOCK_C=32, num_warps=4, num_stages=1),
-        256: dict(BLOCK_M=32, BLOCK_N=16, BLOCK_C=32, num_warps=8, num_stages=1),
-        "fp32": dict(BLOCK_M=32, BLOCK_N=32, num_warps=8),
-    },
-    "prefix_gradients": {
-        64: dict(BLOCK_M=32, BLOCK_N=32, BLOCK_C=32, num_warps=8, num_stages=1),
-        "fp32": dict(BLOCK_M=16, BLOCK_N=16, num_warps=4),
-    },
-}
-PREFIX_COLUMNS = 64  # of the prefix's gradients that one program holds
-
-
-def prefix_attention(kernel: str, arch: str, dtype: torch.dtype, rows: int, n: int, head_dim: int) -> dict[str, int]:
-    """Launch configuration for a prefix of n keys and `rows` rows that share them; no tile wider than there is."""
-    table = PREFIX_ATTENTION[kernel]
-    fit = 64 if head_dim <= 64 or kernel == "prefix_gradients" else 128 if head_dim <= 128 else 256
-    config = table[fit] | (table["fp32"] if dtype == torch.float32 else {})
-    if rows <= 16:  # one tile of a decoding step
-        config = config | table.get("few", {})
-    within = {"BLOCK_M": rows, "BLOCK_N": n, "BLOCK_C": head_dim}
-    return config | {block: min(config[block], covering(size)) for block, size in within.items()}
 
 
 LOGPROB_WORKSPACE = 64 << 20  # bytes of logit gradients at a time
@@ -309,15 +287,12 @@ def logprob_columns(rows: int, itemsize: int) -> int:
     return max(1, LOGPROB_WORKSPACE // max(1, rows * itemsize * 256)) * 256
 
 
-def logprob(kernel: str, arch: str, dtype: torch.dtype, low_rank: bool, aligned: bool) -> dict[str, int]:
+def logprob(
+    kernel: str, arch: str, dtype: torch.dtype, low_rank: bool, aligned: bool, rows: int | None = None
+) -> dict[str, int]:
     """Launch configuration of a kernel of linear_logprob. A low-rank product, and rows that do not start at multiples
     of 16 elements (K is none), take registers."""
-    config = launch(kernel, arch, dtype)
+    config = launch(kernel, arch, dtype, rows, rank=int(low_rank))
     if arch.startswith("gfx") or (aligned and not low_rank):
         return config
     return {**config, "BLOCK_N": config["BLOCK_N"] // 2, **({} if aligned else dict(BLOCK_M=64, BLOCK_K=32))}
-
-
-def covering(size: int) -> int:
-    """The power of two from 16 that covers a dimension."""
-    return max(16, 1 << (size - 1).bit_length())

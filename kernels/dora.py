@@ -140,7 +140,7 @@ def dora_norm(weight, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch
 
 def _dense_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     (N, K), R, arch = weight.shape, a.shape[0], configs.arch_of(a.device)
-    config = configs.launch("dora_norm", arch, weight.dtype)
+    config = configs.launch("dora_norm", arch, weight.dtype, N)
     blocks = triton.cdiv(N, config["BLOCK_N"])
     parts = configs.splits(blocks, triton.cdiv(K, config["BLOCK_K"]))
     norm = b.new_empty(parts, N)
@@ -155,7 +155,7 @@ def _dense_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling:
 
 def _nf4_norm(weight, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     (N, K), R, arch = weight.shape, a.shape[0], configs.arch_of(a.device)
-    config = configs.launch("nf4_dora_norm", arch, torch.float32)
+    config = configs.launch("nf4_dora_norm", arch, torch.float32, N)
     blocks = triton.cdiv(N, config["BLOCK_N"])
     parts = configs.splits(blocks, triton.cdiv(K, config["BLOCK_K"]))
     norm = b.new_empty(parts, N)
@@ -185,13 +185,13 @@ def dora_linear(
     y, (M, N), R = torch.empty_like(u) if keep_u else u, u.shape, s.shape[1]
     if y.numel():
         arch = configs.arch_of(x.device)
-        config = configs.launch("dora_update", arch, x.dtype)
+        block_r = configs.block_r(R, arch, x.dtype)
+        config = configs.launch("dora_update", arch, x.dtype, M, block_r)
         with device_guard(x):
             _dora_update_kernel[triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])](
                 u, s, b, g, g if bias is None else bias.contiguous(), y,
                 M, N, R, *u.stride(), s.stride(0), *b.stride(), scaling,
-                BLOCK_R=configs.block_r(R, arch, x.dtype), BIAS=bias is not None,
-                PRECISION=configs.update_precision(arch, x.dtype), **config,
+                BLOCK_R=block_r, BIAS=bias is not None, PRECISION=configs.update_precision(arch, x.dtype), **config,
             )  # fmt: skip
     return y, u if keep_u else None
 
@@ -200,7 +200,8 @@ def dora_gradients(
     dy: torch.Tensor, u: torch.Tensor | None, g: torch.Tensor, need_dz: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """See peft_ops.reference.dora; partial sums are added in a fixed order."""
-    (M, N), config = dy.shape, configs.launch("dora_gradients", configs.arch_of(dy.device), dy.dtype)
+    M, N = dy.shape
+    config = configs.launch("dora_gradients", configs.arch_of(dy.device), dy.dtype, M)
     dz = dy.new_empty(M, N) if need_dz else None
     if dy.numel() == 0 or (u is None and dz is None):
         return dz, None if u is None else torch.zeros_like(g)

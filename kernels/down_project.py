@@ -87,8 +87,9 @@ def _down_project_parts(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.
     """[parts, M, R]: partial sums of s."""
     (M, K), R = x.shape, a.shape[0]
     arch = configs.arch_of(x.device)
-    config, groups = configs.launch("down_project", arch, x.dtype), seed_groups(p, seed, R)
+    groups = seed_groups(p, seed, R)
     block_r = configs.block_r(R // groups, arch, x.dtype)
+    config = configs.launch("down_project", arch, x.dtype, M, block_r)
     blocks_r = groups * triton.cdiv(R // groups, block_r)
     blocks = blocks_r * triton.cdiv(M, config["BLOCK_M"])
     parts = configs.splits(blocks, triton.cdiv(K, config["BLOCK_K"]))
@@ -109,8 +110,9 @@ def down_project_da(ds: torch.Tensor, x: torch.Tensor, p: float, seed: torch.Ten
     """See peft_ops.reference.down_project; the parts are added in a fixed order."""
     (M, K), R = x.shape, ds.shape[1]
     arch = configs.arch_of(x.device)
-    config, groups = configs.launch("down_project_da", arch, x.dtype), seed_groups(p, seed, R)
+    groups = seed_groups(p, seed, R)
     block_r = configs.block_r(R // groups, arch, x.dtype)
+    config = configs.launch("down_project_da", arch, x.dtype, M, block_r)
     blocks = groups * triton.cdiv(R // groups, block_r), triton.cdiv(K, config["BLOCK_K"])
     parts = configs.splits(blocks[0] * blocks[1], triton.cdiv(M, config["BLOCK_M"]))
     da = x.new_empty(parts, R, K, dtype=torch.float32)

@@ -83,7 +83,7 @@ def linear_low_rank_dx(
     """See peft_ops.reference.linear_low_rank."""
     if not isinstance(weight, torch.Tensor):
         return low_rank_update_(nf4_linear_dx(dy, weight), ds, a.t(), 1.0, p, seed)
-    route = "vendor" if p >= 1.0 else _route(dy, weight.t(), ds.shape[1])
+    route = "vendor" if p >= 1.0 else _route(dy, weight.t(), ds.shape[1], dx=True)
     if route == "few rows":
         return _few_rows_linear(dy, weight.t(), None, ds[None], a.t(), 1.0, p, seed)[0]
     if route in _GEMMS:
@@ -91,14 +91,15 @@ def linear_low_rank_dx(
     return low_rank_update_(dy @ weight.to(dy.dtype), ds, a.t(), 1.0, p, seed)
 
 
-def _route(x: torch.Tensor, weight, rank: int) -> str:
-    """How y = x Wᵀ and its low-rank term are made; float32 and mixed dtypes have no kernel here."""
+def _route(x: torch.Tensor, weight, rank: int, dx: bool = False) -> str:
+    """How y = x Wᵀ and its low-rank term are made, in the backward with dx; float32 and mixed dtypes have no kernel
+    here."""
     if not isinstance(weight, torch.Tensor):
         return "few rows" if _decodes_inside(x, weight) else "vendor"
     if not weight.dtype == x.dtype != torch.float32:
         return "vendor"
     (N, K), arch = weight.shape, configs.arch_of(x.device)
-    route = configs.linear_route(x.shape[0], N, K, x.dtype, arch)
+    route = configs.linear_route(x.shape[0], N, K, x.dtype, arch, dx)
     return "fused" if route == "tma" and not _tma_takes(x, weight, rank) else route
 
 
@@ -108,12 +109,13 @@ def _fused_linear(x, weight, bias, s, b, scaling, p, seed) -> torch.Tensor:
     if y.numel() == 0:
         return y
     arch = configs.arch_of(x.device)
-    config = configs.launch("linear_low_rank", arch, x.dtype)
+    block_r = configs.block_r(R, arch, x.dtype)
+    config = configs.launch("linear_low_rank", arch, x.dtype, M, block_r)
     seed_ptr, threshold, keep_scale = dropout_arguments(p, seed, x)
     with device_guard(x):
         _linear_low_rank_kernel[(triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)](
             x, weight, x if bias is None else bias, s, b, y, seed_ptr, M, N, K, R, *x.stride(), *weight.stride(),
-            s.stride(0), *b.stride(), N, scaling * keep_scale, threshold, BLOCK_R=configs.block_r(R, arch, x.dtype),
+            s.stride(0), *b.stride(), N, scaling * keep_scale, threshold, BLOCK_R=block_r,
             BIAS=bias is not None, DROPOUT=p > 0.0, PRECISION=configs.update_precision(arch, x.dtype), **config,
         )  # fmt: skip
     return y

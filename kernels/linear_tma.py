@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
+from .arches import multiprocessors
 from .launch import device_guard, dropout_arguments
 from .tiles import dropout_keep, grouped_order
 
@@ -75,7 +76,7 @@ def _tma_linear(x, weight, bias, s, b, scaling, p, seed) -> torch.Tensor:
     block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     stored, tile = (weight, [block_n, block_k]) if rows else (weight.t(), [block_k, block_n])
     seed_ptr, threshold, keep_scale = dropout_arguments(p, seed, x)
-    programs = min(configs.multiprocessors(x.device), triton.cdiv(M, block_m) * triton.cdiv(N, block_n))
+    programs = min(multiprocessors(x.device), triton.cdiv(M, block_m) * triton.cdiv(N, block_n))
     with device_guard(x):
         _linear_tma_kernel[(programs,)](
             TensorDescriptor.from_tensor(x, [block_m, block_k]), TensorDescriptor.from_tensor(stored, tile),

@@ -81,7 +81,8 @@ class Head(NamedTuple):
     def config(self, kernel: str) -> dict[str, int]:
         """Its launch configuration; the product of du and W has no low-rank part."""
         low_rank = self.s is not None and kernel != "add_product"
-        return configs.logprob(kernel, self.arch, self.x.dtype, low_rank, self.x.shape[1] % 16 == 0)
+        rows, K = self.x.shape
+        return configs.logprob(kernel, self.arch, self.x.dtype, low_rank, K % 16 == 0, rows)
 
     def slabs(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """(columns, W[columns]), at most `most` columns of the vocabulary at a time."""

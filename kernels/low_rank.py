@@ -79,12 +79,14 @@ def low_rank_update_(
         return y
     arch = configs.arch_of(y.device)
     groups = seed_groups(p, seed, R)
-    config = configs.launch("low_rank_update" if groups == 1 else "low_rank_update_groups", arch, y.dtype)
+    block_r = configs.block_r(R // groups, arch, y.dtype)
+    name = "low_rank_update" if groups == 1 else "low_rank_update_groups"
+    config = configs.launch(name, arch, y.dtype, M, block_r)
     seed_ptr, threshold, keep_scale = dropout_arguments(p, seed, y)
     with device_guard(y):
         _low_rank_update_kernel[triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])](
             y, s, b, seed_ptr, M, N, R // groups, *y.stride(), s.stride(0), *b.stride(), scaling * keep_scale,
-            threshold, BLOCK_R=configs.block_r(R // groups, arch, y.dtype), GROUPS=groups, DROPOUT=p > 0.0,
+            threshold, BLOCK_R=block_r, GROUPS=groups, DROPOUT=p > 0.0,
             PRECISION=configs.update_precision(arch, y.dtype), **config,
         )  # fmt: skip
     return y
@@ -96,7 +98,8 @@ def low_rank_gradients(
     """See peft_ops.reference.low_rank; partial sums are added in a fixed order."""
     (M, N), R = dy.shape, b.shape[1]
     arch = configs.arch_of(dy.device)
-    config, block_r = configs.launch("low_rank_gradients", arch, dy.dtype), configs.block_r(R, arch, dy.dtype)
+    block_r = configs.block_r(R, arch, dy.dtype)
+    config = configs.launch("low_rank_gradients", arch, dy.dtype, M, block_r)
     blocks_m, blocks_n, blocks_r = (
         triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(R, block_r),
     )  # fmt: skip

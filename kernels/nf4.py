@@ -180,7 +180,7 @@ def nf4_quantize(w: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.T
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(triton.cdiv(n, blocksize), dtype=torch.float32, device=w.device)
     if n:
-        config = configs.nf4_blocks("nf4_quantize", blocksize)
+        config = configs.nf4_blocks("nf4_quantize", blocksize, configs.arch_of(w.device), w.dtype, n)
         with device_guard(w):
             _nf4_quantize_kernel[(triton.cdiv(absmax.numel(), config["BLOCKS"]),)](
                 w.contiguous(), packed, absmax, nf4_tables(w.device).thresholds, n, BLOCKSIZE=blocksize, **config
@@ -216,7 +216,7 @@ def _decode_into(out: torch.Tensor, weight, first_block: int, line_blocks: int |
     that many blocks of every row of a weight whose rows end with a block."""
     n, blocksize = out.numel(), weight.blocksize
     if n:
-        config = configs.nf4_blocks("nf4_dequantize", blocksize)
+        config = configs.nf4_blocks("nf4_dequantize", blocksize, configs.arch_of(out.device), out.dtype, n)
         row_blocks = weight.shape[-1] // blocksize if line_blocks else 1
         with device_guard(out):
             _nf4_dequantize_kernel[(triton.cdiv(n, blocksize * config["BLOCKS"]),)](

@@ -141,14 +141,14 @@ def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tens
 def _decodes_inside(x: torch.Tensor, weight) -> bool:
     """Whether y = x deq(W)ᵀ decodes W inside the GEMM."""
     M, (N, K) = x.shape[0], weight.shape
-    return min(N, K) > 0 and K % weight.blocksize == 0 and configs.nf4_fused(M, N, x.dtype)
+    arch = configs.arch_of(x.device)
+    return min(N, K) > 0 and K % weight.blocksize == 0 and configs.nf4_fused(M, N, x.dtype, arch)
 
 
 def _linear_parts(x: torch.Tensor, weight, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """[splits, M, N]: y alone in `dtype` with its bias, or float32 parts of the sum, without."""
-    M, (N, K) = x.shape[0], weight.shape
+    M, (N, K), arch = x.shape[0], weight.shape, configs.arch_of(x.device)
     x = x if x.stride(1) == 1 else x.contiguous()
-    arch = configs.arch_of(x.device)
     config = configs.nf4_linear("nf4_linear", M, arch, x.dtype)
     grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))
     splits, split_k = configs.nf4_splits(grid, K, config["BLOCK_K"])
@@ -167,11 +167,10 @@ def _linear_parts(x: torch.Tensor, weight, bias: torch.Tensor | None, dtype: tor
 
 def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
     """See peft_ops.reference.nf4_linear."""
-    M, (N, K) = dy.shape[0], weight.shape
-    if min(N, K) == 0 or K % weight.blocksize or not configs.nf4_fused(M, K, dy.dtype):
+    M, (N, K), arch = dy.shape[0], weight.shape, configs.arch_of(dy.device)
+    if min(N, K) == 0 or K % weight.blocksize or not configs.nf4_fused(M, K, dy.dtype, arch, "nf4_linear_dx"):
         return _slab_linear_dx(dy, weight)
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
-    arch = configs.arch_of(dy.device)
     config = configs.nf4_linear("nf4_linear_dx", M, arch, dy.dtype)
     grid = (triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"]))
     splits, split_n = configs.nf4_splits(grid, N, config["BLOCK_N"])
@@ -189,7 +188,11 @@ def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
 def nf4_linear_dx_add_(dx: torch.Tensor, dy: torch.Tensor, weight) -> torch.Tensor:
     """See peft_ops.reference.nf4_linear. Few rows are added afterwards: they are few bytes."""
     M, (N, K) = dy.shape[0], weight.shape
-    if min(N, K) == 0 or K % weight.blocksize or not configs.nf4_fused(M, K, dy.dtype):
+    if (
+        min(N, K) == 0
+        or K % weight.blocksize
+        or not configs.nf4_fused(M, K, dy.dtype, configs.arch_of(dy.device), "nf4_linear_dx")
+    ):
         return _slab_linear_dx(dy, weight, dx)
     return dx.add_(nf4_linear_dx(dy, weight))
 
@@ -223,7 +226,7 @@ def _decoded_slabs(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Te
     """(rows, deq(W)[rows]): as many rows at a time as stay in the L2 cache, each in the memory of the last."""
     N, K = weight.shape
     align = weight.blocksize // math.gcd(K, weight.blocksize)
-    rows = configs.nf4_slab(N, K * dtype.itemsize, align)
+    rows = configs.nf4_slab(N, K * dtype.itemsize, align, configs.arch_of(weight.packed.device), dtype)
     slab = torch.empty(rows, K, dtype=dtype, device=weight.packed.device)
     for start in range(0, N, max(1, rows)):
         part = slice(start, min(start + rows, N))
@@ -233,7 +236,8 @@ def _decoded_slabs(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Te
 def _slab_linear_dx(dy: torch.Tensor, weight, onto: torch.Tensor | None = None) -> torch.Tensor:
     """dy deq(W), or that added to `onto` in place."""
     (N, K), blocksize = weight.shape, weight.blocksize
-    columns = K if K % blocksize else configs.nf4_slab(K, N * dy.element_size(), blocksize)
+    arch = configs.arch_of(dy.device)
+    columns = K if K % blocksize else configs.nf4_slab(K, N * dy.element_size(), blocksize, arch, dy.dtype)
     if columns == K:
         w = _decode_into(torch.empty(N, K, dtype=dy.dtype, device=dy.device), weight, 0, None)
         return dy @ w if onto is None else onto.addmm_(dy, w)

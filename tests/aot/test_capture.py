@@ -4,6 +4,8 @@ A stub driver stands in for the GPU, so nothing is launched: what is held is the
 kernels seen as kernels.
 """
 
+import json
+
 import functorch.compile
 import pytest
 import torch
@@ -13,6 +15,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
 from peft_ops import _backend, nf4, ops
+from peft_ops.kernels import configs, measured
 from resources import target
 
 
@@ -207,6 +210,35 @@ def test_bottleneck_adapter(captured, residual):
     assert names.count("_up_project_kernel") == 2  # y and dx
     for name in ("_bottleneck_gradient_kernel", "_up_project_gradients_kernel", "_down_project_da_kernel"):
         assert names.count(name) == 1
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_tables_are_read_while_tracing(captured, base, tmp_path, monkeypatch):
+    """Rows that change pass from bucket to bucket, and with them from route to route."""
+    config = configs.designed("down_project", "default", torch.bfloat16)
+    entries = [dict(dtype="bfloat16", rows=m, rank=16, config=config | {"BLOCK_M": m}, shared=0) for m in (16, 128)]
+    fused = dict(dtype="bfloat16", rows=16, out=32, k=64, choice="fused")
+    routes = {"linear": [fused, fused | dict(rows=128, choice="vendor")], "nf4_linear": [fused]}
+    table = {"format": 1, "arch": "default", "kernels": {"down_project": entries}, "routes": routes}
+    (tmp_path / "default.json").write_text(json.dumps(table))
+    monkeypatch.setenv("PEFT_OPS_TABLES", str(tmp_path))
+    measured.forget()
+    names, compiled = captured
+    w, (a, b) = torch.randn(32, 64).bfloat16(), (torch.randn(4, 64), torch.randn(32, 4))
+    weight = nf4_weight(w.float()) if base == "nf4" else w
+    call = compiled(lambda x: ops.lora_linear(x, weight, None, a, b, 0.5, 0.0))
+    seen = []
+    for rows in (10, 11, 200):
+        call(torch.randn(rows, 64).bfloat16())
+        seen.append(set(names))
+        names.clear()
+    if base == "dense":
+        assert seen[0] == {"_down_project_kernel", "_linear_low_rank_kernel"}
+        assert seen[2] == {"_down_project_kernel", "_low_rank_update_kernel"}
+    else:
+        assert "_nf4_linear_kernel" in seen[0] & seen[2]
+    measured.forget()
 
 
 def nf4_weight(w):
