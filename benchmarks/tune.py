@@ -2,7 +2,8 @@
 
 The most important kernels first, within --minutes; what the table has already and this run does not reach stays, and a
 run that goes on with a table begins with what it lacks. Without --out the table that the package ships is written.
-`--device cpu --quick` takes the whole way in Triton's interpreter: its times mean nothing, and its table says so.
+`--device cpu --quick` takes the whole way in Triton's interpreter: its times mean nothing, its table says so and is not
+read where tables ship.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,13 +48,17 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=6.0, help="no measurement begins after that (6)")
     parser.add_argument("--out", type=Path, help="folder of the table")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="one bucket and two candidates for every kernel")
+    parser.add_argument("--quick", action="store_true", help="a dry run: one tiny bucket and two candidates a kernel")
     parser.add_argument("--dtypes", type=names, help="of bfloat16 (the default), float16, float32")
     parser.add_argument("--ranks", type=lambda text: [int(r) for r in names(text)], default=[16, 64])
     args = parser.parse_args()
+    if unknown := {*args.kernels} - {*FIRST, ROUTES, *LATER}:
+        parser.error(f"no kernel is called {', '.join(sorted(unknown))}")
+    if args.quick and args.out is None:
+        parser.error("--quick is a dry run, whose times are none to ship: it needs --out")
     if args.device == "cpu":
-        if args.out is None or not args.quick:
-            parser.error("--device cpu is a dry run: it needs --quick and --out, and its times are none to ship")
+        if not args.quick:
+            parser.error("--device cpu is a dry run: it needs --quick")
         os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is decorated
         args.dtypes = args.dtypes or ["float16"]  # the interpreter has no bfloat16
     elif not torch.cuda.is_available():
@@ -74,15 +80,19 @@ def tune(args: argparse.Namespace) -> int:
     os.environ["PEFT_OPS_TABLES"] = str(folder)
     measured.at_first_use = None
     path = folder / f"{arch}.json"
-    old = table_files.read(path) if path.exists() else {"kernels": {}, "routes": {}}
-    raw = {**autotune.header(arch, device), "revision": revision(), "kernels": old["kernels"], "routes": old["routes"]}
+    old = table_files.read(path) if path.exists() else {}
+    raw = autotune.header(arch, device) | {"revision": revision()}
+    raw |= {section: old.get(section, {}) for section in ("kernels", "routes")}
+    raw["times"] = "meaningless" if args.quick else raw["times"]
+    if old.get("times", raw["times"]) != raw["times"]:
+        sys.exit(f"{path}: its times are {old['times']}, those of this run {raw['times']}")
     deadline, failed = time.monotonic() + 60 * args.minutes, 0
-    for section, name, measure in work(args, device, arch, raw):
+    for section, name, operands, measure in work(args, device, arch, raw):
         if time.monotonic() > deadline:
             print("out of time: run again to go on")
             break
         try:
-            entry = measure()
+            entry = operands | measure()
         except Exception as error:  # one kernel that fails leaves the others their measurements
             print(f"{name}: not measured: {error}")
             failed += 1
@@ -94,28 +104,23 @@ def tune(args: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
-def work(args, device: torch.device, arch: str, raw: dict) -> Iterator[tuple[str, str, Any]]:
-    """(section of the table, name, what measures it): the most important first, of these what the table lacks."""
+def work(args, device: torch.device, arch: str, raw: dict) -> Iterator[tuple[str, str, dict, Any]]:
+    """(section of the table, name, operands, what measures it): the most important first, of these what it lacks."""
     from benchmarks.tune_routes import routes
     from peft_ops.kernels import autotune
 
     tiny = TINY if args.quick else {}
-    buckets = [bucket for bucket in wanted(args, arch) if bucket.kernel in args.kernels]
-    before = [b for b in buckets if b.kernel not in LATER and b.rank in (0, min(args.ranks))]
-    after = [b for b in buckets if b not in before]
-    for phase in (before, None, after):
-        if phase is None:
-            if ROUTES in args.kernels:
-                for name, measure in routes(device, arch, args.dtypes, args.quick, revision()):
-                    yield "routes", name, measure
-            continue
-        for bucket in sorted(phase, key=lambda bucket: has(raw, bucket)):
-            given = dict(device=device, revision=raw["revision"], **tiny)
-            yield (
-                "kernels",
-                bucket.kernel,
-                lambda b=bucket, given=given: autotune.measure(b.kernel, arch, b.dtype, b.rows, b.rank, **given),
-            )
+    kernels = [
+        ("kernels", b.kernel, {"dtype": str(b.dtype).removeprefix("torch."), "rows": b.rows, "rank": b.rank},
+         partial(autotune.measure, b.kernel, arch, b.dtype, b.rows, b.rank, device=device, revision=revision(), **tiny))
+        for b in wanted(args, arch) if b.kernel in args.kernels
+    ]  # fmt: skip
+    lowest = min((item[2]["rank"] for item in kernels if item[2]["rank"]), default=0)
+    first = [item for item in kernels if item[1] in FIRST and item[2]["rank"] in (0, lowest)]
+    choices = routes(device, arch, args.dtypes, args.quick, revision()) if ROUTES in args.kernels else ()
+    later = [item for item in kernels if item not in first]
+    for phase in (first, [("routes", *choice) for choice in choices], later):
+        yield from sorted(phase, key=lambda item: has(raw, *item[:3]))
 
 
 def wanted(args, arch: str) -> Iterator[Bucket]:
@@ -133,9 +138,8 @@ def wanted(args, arch: str) -> Iterator[Bucket]:
                 yield from (Bucket(kernel, dtype, m, rank) for m in ((16,) if args.quick else rows))
 
 
-def has(raw: dict, bucket: Bucket) -> bool:
-    entries = raw["kernels"].get(bucket.kernel, [])
-    return any((e["dtype"], e["rows"], e["rank"]) == (str(bucket.dtype)[6:], *bucket[2:]) for e in entries)
+def has(raw: dict, section: str, name: str, operands: dict) -> bool:
+    return any(operands.items() <= item.items() for item in raw[section].get(name, []))
 
 
 def revision() -> str:

@@ -20,21 +20,25 @@ BETTER = 0.97  # than what is taken without a table: below that it is noise
 
 def routes(
     device: torch.device, arch: str, dtypes: list[str], quick: bool, revision: str
-) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """(route, what measures a choice for a table), for rows and weights of models."""
+) -> Iterator[tuple[str, dict[str, Any], Callable[..., dict[str, Any]]]]:
+    """(route, operands as tables name them, what measures a choice), for rows and weights of models."""
     shapes = [(64, 128)] if quick else [SQUARE, *OF_MODELS]
     for dtype in (DTYPES[name] for name in dtypes):
         given = dict(device=device, dtype=dtype, samples=1 if quick else 15, revision=revision)
+        operands = {"dtype": str(dtype).removeprefix("torch.")}
         for N, K in shapes:
             for rows in DENSE_ROWS[:1] if quick else DENSE_ROWS:
                 for name in ("linear", "linear_dx") if dtype != torch.float32 else ():
-                    yield name, partial(_dense, name, rows=rows, N=N, K=K, **given)
+                    out, k = (N, K) if name == "linear" else (K, N)
+                    measure = partial(_dense, name, rows=rows, N=N, K=K, **given)
+                    yield name, operands | {"rows": rows, "out": out, "k": k}, measure
         for name in ("nf4_linear", "nf4_linear_dx"):
             for out, k in _one_for_each_width(shapes if name == "nf4_linear" else [shape[::-1] for shape in shapes]):
                 for rows in NF4_ROWS[:1] if quick else NF4_ROWS:
-                    yield name, partial(_nf4, name, arch, rows=rows, out=out, k=k, **given)
+                    measure = partial(_nf4, name, rows=rows, out=out, k=k, **given)
+                    yield name, operands | {"rows": rows, "out": out}, measure
         N, K = shapes[-1] if quick else OF_MODELS[0]
-        yield "nf4_slab_bytes", partial(_slab, rows=16 if quick else SLAB_ROWS, N=N, K=K, **given)
+        yield "nf4_slab_bytes", operands, partial(_slab, rows=16 if quick else SLAB_ROWS, N=N, K=K, **given)
 
 
 def _one_for_each_width(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -49,29 +53,28 @@ def _dense(name: str, rows: int, N: int, K: int, device, dtype, **how) -> dict[s
         call = lambda: linear_low_rank.lora_linear(x, w, None, a, b, 1.0, 0.0, None)[0]  # noqa: E731
     else:
         call = partial(linear_low_rank.linear_low_rank_dx, o.narrow(rows, N), w, o.wide(rows, RANK), a, 0.0, None)
-    out, k = (N, K) if name == "linear" else (K, N)
-    return _chosen(name, CHOICES[name], "vendor", call, device, dtype, **how) | {"rows": rows, "out": out, "k": k}
+    return _chosen(name, CHOICES[name], "vendor", call, device, **how)
 
 
-def _nf4(name: str, arch: str, rows: int, out: int, k: int, device, dtype, **how) -> dict[str, Any]:
+def _nf4(name: str, rows: int, out: int, k: int, device, dtype, **how) -> dict[str, Any]:
     o = problems.Operands(device, dtype, rows, 0, k)
     if name == "nf4_linear":
         call = partial(nf4_linear.nf4_linear, o.narrow(rows, k), o.nf4(out, k)[0], None)
     else:
         call = partial(nf4_linear.nf4_linear_dx, o.narrow(rows, k), o.nf4(k, out)[0])
     default = "fused" if configs.nf4_fused_by_design(rows, out, dtype) else "slab"
-    return _chosen(name, CHOICES[name], default, call, device, dtype, **how) | {"rows": rows, "out": out}
+    return _chosen(name, CHOICES[name], default, call, device, **how)
 
 
 def _slab(rows: int, N: int, K: int, device, dtype, **how) -> dict[str, Any]:
     o = problems.Operands(device, dtype, rows, 0, K)
     linear = partial(nf4_linear.nf4_linear, o.narrow(rows, K), o.nf4(N, K)[0], None)
     call = partial(problems.on_route, "nf4_linear", "slab", linear)
-    return _chosen("nf4_slab_bytes", SLABS, configs.NF4_SLAB_BYTES, call, device, dtype, **how)
+    return _chosen("nf4_slab_bytes", SLABS, configs.NF4_SLAB_BYTES, call, device, **how)
 
 
 def _chosen(
-    name: str, choices, default: Any, call: Callable, device, dtype, samples: int, revision: str
+    name: str, choices, default: Any, call: Callable, device: torch.device, samples: int, revision: str
 ) -> dict[str, Any]:  # fmt: skip
     """The fastest of the choices whose results are the default's; the default unless one is clearly better."""
     with torch.no_grad():
@@ -83,7 +86,6 @@ def _chosen(
         times = dict(zip(calls, stopwatch.medians(list(calls.values()), device, samples), strict=True))
     best = min(times, key=times.__getitem__)
     return {
-        "dtype": str(dtype).removeprefix("torch."),
         "choice": best if times[best] < BETTER * times[default] else default,
         "us": {str(choice): round(took, 2) for choice, took in times.items()},
         "measured": autotune.evidence(device, revision),

@@ -171,6 +171,7 @@ def test_the_command_tunes_keeps_and_goes_on(tmp_path):
         return done.returncode, done.stdout + done.stderr
 
     assert tuned()[0] == 2  # no folder: what is shipped is not overwritten
+    assert "no kernel is called down" in tuned("--out", str(tmp_path), "--kernels", "down")[1]
     for kernels, minutes in (("down_project,nf4_dequantize", "5"), ("routes", "5"), ("low_rank_update", "0")):
         status, said = tuned("--out", str(tmp_path), "--ranks", "16", "--kernels", kernels, "--minutes", minutes)
         assert status == 0, said
