@@ -38,8 +38,8 @@ LAUNCH = {
         "default": dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
         "fp32": dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
     },
-    "low_rank_gradients": {
-        "default": dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
+    "low_rank_gradients": {  # ds leaves 8 · rank / BLOCK_N bytes of partial sums for every element of dy
+        "default": dict(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=2),
         "fp32": dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
         "gfx": dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
     },
@@ -157,6 +157,12 @@ def block_r(rank: int, arch: str, dtype: torch.dtype) -> int:
     """
     roomy = arch.startswith(("gfx", "sm_9")) and dtype != torch.float32
     return max(16, min(64 if roomy else 32, 1 << (rank - 1).bit_length()))
+
+
+def gradients_in_one_read(rank: int, arch: str, dtype: torch.dtype) -> bool:
+    """Whether ds and db come from one read of dy: its partial sums of ds outweigh a second read above rank 32, where
+    that is one read (block_r)."""
+    return rank <= 32 or block_r(rank, arch, dtype) <= 32
 
 
 def splits(programs: int, steps: int, least: int = 4) -> int:

@@ -1,10 +1,11 @@
-"""y += scaling · drop'(s bᵀ) in place, and the one-pass gradients of a low-rank term."""
+"""y += scaling · drop'(s bᵀ) in place, and the gradients of a low-rank term, in one pass where partial sums allow."""
 
 import torch
 import triton
 import triton.language as tl
 
 from . import configs
+from .down_project import down_project, down_project_da
 from .launch import device_guard, dropout_arguments, seed_groups
 from .tiles import low_rank_tile, mixed_dot
 
@@ -44,8 +45,7 @@ def _low_rank_gradients_kernel(
     M, N, R,
     stride_dym, stride_dyn, stride_sm, stride_bn, stride_br, stride_dsp, stride_dsm, stride_dbp, stride_dbn,
     scaling, steps,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    NEED_DB: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ds[block of N] [M, R] = scaling · dy b and db[part of M] [N, R] = scaling · dyᵀ s, fp32: partial sums, one read
     of dy [M, N]. A program owns a block of N and `steps` blocks of M."""
@@ -62,12 +62,10 @@ def _low_rank_gradients_kernel(
                      mask=(m[:, None] < M) & (n[None, :] < N), other=0.0)  # fmt: skip
         ds = mixed_dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
         tl.store(ds_ptr + block_n * stride_dsp + m[:, None] * stride_dsm + r[None, :], ds * scaling, mask=rows)
-        if NEED_DB:
-            s = tl.load(s_ptr + m[:, None] * stride_sm + r[None, :], mask=rows, other=0.0)
-            db = mixed_dot(tl.trans(dy), s, db, PRECISION)
-    if NEED_DB:
-        tl.store(db_ptr + part * stride_dbp + n[:, None].to(tl.int64) * stride_dbn + r[None, :], db * scaling,
-                 mask=(n[:, None] < N) & (r[None, :] < R))  # fmt: skip
+        s = tl.load(s_ptr + m[:, None] * stride_sm + r[None, :], mask=rows, other=0.0)
+        db = mixed_dot(tl.trans(dy), s, db, PRECISION)
+    tl.store(db_ptr + part * stride_dbp + n[:, None].to(tl.int64) * stride_dbn + r[None, :], db * scaling,
+             mask=(n[:, None] < N) & (r[None, :] < R))  # fmt: skip
 
 
 def low_rank_update_(
@@ -98,24 +96,24 @@ def low_rank_gradients(
     """See peft_ops.reference.low_rank; partial sums are added in a fixed order."""
     (M, N), R = dy.shape, b.shape[1]
     arch = configs.arch_of(dy.device)
+    if s is None or dy.numel() == 0 or not configs.gradients_in_one_read(R, arch, dy.dtype):
+        ds = down_project(dy, b.t(), 0.0, None).mul_(scaling)
+        return ds, None if s is None else down_project_da(s, dy, 0.0, None).mul_(scaling).t()
     block_r = configs.block_r(R, arch, dy.dtype)
     config = configs.launch("low_rank_gradients", arch, dy.dtype, M, block_r)
     blocks_m, blocks_n, blocks_r = (
         triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(R, block_r),
     )  # fmt: skip
     steps = triton.cdiv(blocks_m, configs.splits(blocks_n * blocks_r, blocks_m))
-    parts = triton.cdiv(blocks_m, max(1, steps))
+    parts = triton.cdiv(blocks_m, steps)
     ds = dy.new_empty(blocks_n, M, R, dtype=torch.float32)
-    db = None if s is None else dy.new_empty(parts, N, R, dtype=torch.float32)
-    if dy.numel() == 0:
-        return dy.new_zeros(M, R, dtype=torch.float32), None if s is None else dy.new_zeros(N, R, dtype=torch.float32)
+    db = dy.new_empty(parts, N, R, dtype=torch.float32)
     with device_guard(dy):
         _low_rank_gradients_kernel[blocks_n, blocks_r, parts](
-            dy, ds if s is None else s, b, ds, ds if db is None else db, M, N, R, *dy.stride(),
-            0 if s is None else s.stride(0), *b.stride(), ds.stride(0), R, N * R, R, scaling, steps,
-            BLOCK_R=block_r, NEED_DB=s is not None, PRECISION=configs.fp32_precision(arch), **config,
+            dy, s, b, ds, db, M, N, R, *dy.stride(), s.stride(0), *b.stride(), ds.stride(0), R, N * R, R,
+            scaling, steps, BLOCK_R=block_r, PRECISION=configs.fp32_precision(arch), **config,
         )  # fmt: skip
-    return _total(ds), None if db is None else _total(db)
+    return _total(ds), _total(db)
 
 
 def _total(parts: torch.Tensor) -> torch.Tensor:

@@ -67,10 +67,10 @@ def test_down_project(kernel, arch, dtype, adapter, rank):
 
 @on_every_chip
 @in_every_dtype
-@small_and_large_rank
+@pytest.mark.parametrize("rank", [16, 32])
 def test_low_rank_gradients(arch, dtype, adapter, rank):
-    flags = dict(NEED_DB=True, PRECISION=configs.fp32_precision(arch))
-    lean(_low_rank_gradients_kernel, arch, dtype, adapter, rank, **flags)
+    """Ranks that a program holds at once; above them ds and db are two reads (configs.gradients_in_one_read)."""
+    lean(_low_rank_gradients_kernel, arch, dtype, adapter, rank, PRECISION=configs.fp32_precision(arch))
 
 
 @on_every_chip

@@ -118,6 +118,23 @@ def test_few_rows_add_the_parts_of_s(monkeypatch, launched, base, dtype, M, rank
         assert torch.equal(silent, nf4_linear.nf4_linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("one", [False, True])
+@pytest.mark.parametrize("need_db", [False, True])
+def test_gradients_in_one_read_or_two(monkeypatch, launched, dtype, one, need_db):
+    monkeypatch.setattr(configs, "gradients_in_one_read", lambda *_: one)
+    dy, s, b = random(70, 300, dtype=dtype), random(70, 37) if need_db else None, random(300, 37)
+    ours, same = (m.low_rank_gradients(dy, s, b, 0.5) for m in (low_rank, reference_low_rank))
+    exact = reference_low_rank.low_rank_gradients(dy.double(), s if s is None else s.double(), b.double(), 0.5)
+    for name, *tensors in zip(("ds", "db"), ours, same, exact, strict=True):
+        if tensors[0] is None:
+            assert not need_db
+            assert tensors[2] is None
+        else:
+            assert_as_accurate(name, *tensors, times=3.0)
+    assert ("_low_rank_gradients_kernel" in launched) == (one and need_db)
+
+
 @pytest.mark.unpoisoned
 def test_offsets_beyond_2_to_the_31():
     """Case 8, for every operand that is as large as the activations."""
