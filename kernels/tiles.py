@@ -14,6 +14,24 @@ def grouped_order(pid, blocks_m, blocks_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def _philox_4x32(seed, counter, ROUNDS: tl.constexpr):
+    """Four uint32 words of Philox-4x32 for int64 counters, as peft_ops.reference.dropout defines them.
+
+    A 64-bit product gives both halves in one instruction; tl.randint4x multiplies twice.
+    """
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    c2, c3 = tl.zeros(counter.shape, tl.uint32), tl.zeros(counter.shape, tl.uint32)
+    for _ in tl.static_range(ROUNDS):
+        a, b = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c2 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = b.to(tl.uint32), a.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def dropout_keep(seed, rows, first_col, K, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """bool [BLOCK_M, BLOCK_K]: which elements of a tile of an [M, K] tensor are kept.
 
@@ -22,11 +40,10 @@ def dropout_keep(seed, rows, first_col, K, threshold, BLOCK_M: tl.constexpr, BLO
     """
     octet = first_col // 8 + tl.arange(0, BLOCK_K // 8)
     counter = rows[:, None] * tl.cdiv(K, 8) + octet[None, :]
-    r0, r1, r2, r3 = tl.randint4x(seed, counter, n_rounds=7)
+    r0, r1, r2, r3 = _philox_4x32(seed, counter, 7)
     words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # [..., word // 2, word % 2]: words in order 0, 1, 2, 3
-    words = words.to(tl.uint32, bitcast=True)
-    bits = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(bits, (BLOCK_M, BLOCK_K)) >= threshold
+    bits = tl.join(words << 16, words)  # 16 bits at the top: what lies below them does not change the comparison
+    return tl.reshape(bits, (BLOCK_M, BLOCK_K)) >= tl.cast(threshold, tl.uint32) << 16
 
 
 @triton.jit
