@@ -61,7 +61,7 @@ small_and_large_rank = pytest.mark.parametrize("rank", [16, 64])
 @small_and_large_rank
 @pytest.mark.parametrize("kernel", [_down_project_kernel, _down_project_da_kernel])
 def test_down_project(kernel, arch, dtype, adapter, rank):
-    for dropout in (False, True) if rank == 64 else (False,):
+    for dropout in (False, True):
         lean(kernel, arch, dtype, adapter, rank, SPLITS=1, DROPOUT=dropout, PRECISION=configs.fp32_precision(arch))
 
 
