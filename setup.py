@@ -1,5 +1,30 @@
-"""Only what pyproject.toml cannot say: nothing yet (the optional native CPU library will be built here)."""
+"""Only what pyproject.toml cannot say: the native CPU library, which a machine without a compiler does without."""
 
-from setuptools import setup
+import sys
 
-setup()
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ISAS = ("avx512bf16", "avx512", "avx2", "portable")
+FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+         "-fno-trapping-math", "-g0", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # fmt: skip
+
+
+class BuildOptional(build_ext):
+    def build_extension(self, ext):
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            print(f"peft-ops: no native CPU library, ops run in plain PyTorch on a CPU ({error})", file=sys.stderr)
+
+
+native = Extension(
+    "peft_ops.kernels.cpu._native",
+    [f"kernels/cpu/native_{isa}.cpp" for isa in ISAS],
+    depends=[f"kernels/cpu/{name}" for name in ("library.inc", "vectors.h", "nf4_decode.h", "nf4_quantize.h", "tiles.h")],
+    extra_compile_args=FLAGS,
+    extra_link_args=["-fopenmp"],
+    language="c++",
+    optional=True,
+)
+setup(ext_modules=[native], cmdclass={"build_ext": BuildOptional})

@@ -1,0 +1,3 @@
+"""The native CPU library and its launchers. Importing it raises ImportError where the library is not built."""
+
+from . import nf4 as nf4

@@ -1,0 +1,85 @@
+"""The native library: found, loaded and declared once; functions are called through ctypes with addresses and sizes.
+
+`PEFT_OPS_CPU_ISA` (one of `ISAS`) forces an instruction set; otherwise the best one that the machine runs is taken.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch  # loads its OpenMP runtime first, which the library then shares
+
+from ..nf4_tables import nf4_tables
+
+ISAS = ("avx512bf16", "avx512", "avx2", "portable")  # best first
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_WEIGHT = (_P, _P, _P, _P, _P, _P, _N)  # packed, absmax, codes, nested, offset, map, blocksize
+_ARGUMENTS = {
+    "nf4_dequantize": (_P, _I, *_WEIGHT, _N, _N, _I),
+    "nf4_quantize": (_P, _P, _P, _I, _N, _N, _I),
+    "absmax_quantize": (_P, _P, _P, _N, _P, _P, _I),
+}
+
+
+def _load() -> ctypes.CDLL:
+    """
+    Raises:
+        ImportError: not built, or for another machine.
+    """
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name("_native" + suffix)
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError as error:
+                raise ImportError(f"{path} does not load: {error}") from error
+    raise ImportError("peft_ops was installed without its native CPU library: no C++ compiler was found")
+
+
+def _choose(library: ctypes.CDLL, forced: str | None) -> str:
+    """
+    Raises:
+        ValueError: PEFT_OPS_CPU_ISA is unknown, or this machine does not run it.
+    """
+    if forced and forced not in ISAS:
+        raise ValueError(f"PEFT_OPS_CPU_ISA must be one of {', '.join(ISAS)}, got {forced}")
+    runs = [isa for isa in ISAS if library.peft_ops_runs(isa.encode())]
+    if forced and forced not in runs:
+        raise ValueError(f"PEFT_OPS_CPU_ISA={forced}, but this machine runs {', '.join(runs)}")
+    return forced or runs[0]
+
+
+def _function(name: str) -> Callable[..., None]:
+    function = getattr(_library, f"peft_ops_{name}_{ISA}")
+    function.argtypes, function.restype = _ARGUMENTS[name], None
+    return function
+
+
+_library = _load()
+ISA = _choose(_library, os.environ.get("PEFT_OPS_CPU_ISA"))
+nf4_dequantize, nf4_quantize, absmax_quantize = map(_function, _ARGUMENTS)
+
+_TABLES = nf4_tables(torch.device("cpu"))
+MIDPOINTS = _TABLES.map_thresholds.data_ptr()
+_MAP = _TABLES.map.data_ptr()
+SERIAL = 1 << 15  # elements of work below which a second thread costs more than it saves
+
+
+def threads(work: int) -> int:
+    """How many threads `work` elements are worth; torch's number at most."""
+    return torch.get_num_threads() if work >= SERIAL else 1
+
+
+def address(t: torch.Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def weight_arguments(weight) -> tuple[tuple, list[torch.Tensor]]:
+    """(the seven arguments of an NF4Weight, the tensors that they point into, to be held until the call is over)."""
+    tensors = [t if t is None else t.contiguous() for t in
+               (weight.packed, weight.absmax, weight.absmax_codes, weight.nested_absmax, weight.nested_offset)]  # fmt: skip
+    return (*map(address, tensors), _MAP, weight.blocksize), tensors
