@@ -1,13 +1,14 @@
 """Only what pyproject.toml cannot say: the native CPU library, which a machine without a compiler does without."""
 
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-         "-fno-trapping-math", "-g0", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # fmt: skip
+         "-fno-trapping-math", "-g0", "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # fmt: skip
 
 
 class BuildOptional(build_ext):
@@ -21,7 +22,7 @@ class BuildOptional(build_ext):
 native = Extension(
     "peft_ops.kernels.cpu._native",
     [f"kernels/cpu/native_{isa}.cpp" for isa in ISAS],
-    depends=[f"kernels/cpu/{name}" for name in ("library.inc", "vectors.h", "nf4_decode.h", "nf4_quantize.h", "tiles.h")],
+    depends=["kernels/cpu/library.inc", *sorted(glob("kernels/cpu/*.h"))],
     extra_compile_args=FLAGS,
     extra_link_args=["-fopenmp"],
     language="c++",

@@ -20,8 +20,11 @@ _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _WEIGHT = (_P, _P, _P, _P, _P, _P, _N)  # packed, absmax, codes, nested, offset, map, blocksize
 _ARGUMENTS = {
     "nf4_dequantize": (_P, _I, *_WEIGHT, _N, _N, _I),
+    "nf4_columns": (_P, _I, *_WEIGHT, _N, _N, _N, _N, _I),
     "nf4_quantize": (_P, _P, _P, _I, _N, _N, _I),
     "absmax_quantize": (_P, _P, _P, _N, _P, _P, _I),
+    "nf4_linear": (_P, _P, _I, _N, *_WEIGHT, _P, _N, _N, _N, _I),
+    "nf4_linear_dx": (_P, _P, _I, _N, *_WEIGHT, _N, _N, _N, _I),
 }
 
 
@@ -61,7 +64,7 @@ def _function(name: str) -> Callable[..., None]:
 
 _library = _load()
 ISA = _choose(_library, os.environ.get("PEFT_OPS_CPU_ISA"))
-nf4_dequantize, nf4_quantize, absmax_quantize = map(_function, _ARGUMENTS)
+nf4_dequantize, nf4_columns, nf4_quantize, absmax_quantize, nf4_linear, nf4_linear_dx = map(_function, _ARGUMENTS)
 
 _TABLES = nf4_tables(torch.device("cpu"))
 MIDPOINTS = _TABLES.map_thresholds.data_ptr()
@@ -83,3 +86,8 @@ def weight_arguments(weight) -> tuple[tuple, list[torch.Tensor]]:
     tensors = [t if t is None else t.contiguous() for t in
                (weight.packed, weight.absmax, weight.absmax_codes, weight.nested_absmax, weight.nested_offset)]  # fmt: skip
     return (*map(address, tensors), _MAP, weight.blocksize), tensors
+
+
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """t [M, K] with neighbours in a row side by side in memory: itself where it is so."""
+    return t if t.stride(1) == 1 else t.contiguous()

@@ -25,6 +25,7 @@ template <int BYTES> struct Entries;  // the table of one block, by the width of
 
 template <> struct Entries<4> {
   typedef float T;
+  Entries() = default;
 #if defined(ISA_AVX512)
   __m512 all;
   template <class D> explicit Entries(D, float absmax) { all = (__m512)D::round(load<vf>(LEVELS) * absmax); }

@@ -102,6 +102,7 @@ inline uint16_t float_to_half(float f) {  // to nearest, ties to even
 
 struct F32 {
   typedef float T;
+  static constexpr bool PAIRS = false;  // whether products of pairs have an instruction
   static vf widen(const T* p) { return load<vf>(p); }
   static void narrow(T* p, vf v) { store(p, v); }
   static vf round(vf v) { return v; }
@@ -109,6 +110,7 @@ struct F32 {
 
 struct BF16 {  // to nearest, ties to even, in integers: vcvtneps2bf16 takes subnormals for zeros
   typedef uint16_t T;
+  static constexpr bool PAIRS = true;
   static vf widen(const T* p) { return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16); }
   static vu rounded(vf v) {  // in the upper half; the lower is not cleared
     vu bits = (vu)v;
@@ -120,6 +122,7 @@ struct BF16 {  // to nearest, ties to even, in integers: vcvtneps2bf16 takes sub
 
 struct F16 {
   typedef uint16_t T;
+  static constexpr bool PAIRS = false;
   static vf widen(const T* p) {
 #if defined(ISA_AVX512)
     return (vf)_mm512_cvtph_ps((__m256i)load<vh>(p));
