@@ -18,7 +18,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _WEIGHT = (_P, _P, _P, _P, _P, _P, _N)  # packed, absmax, codes, nested, offset, map, blocksize
+_DROPOUT = (_I, _P, _N, _F)  # threshold, seeds, groups, scale
 _ARGUMENTS = {
+    "down_project": (_P, _P, _I, _N, _P, _N, _N, _N, _N, *_DROPOUT, _I),
+    "down_project_da": (_P, _P, _P, _I, _N, _N, _N, _N, *_DROPOUT, _I),
+    "low_rank_update": (_P, _I, _N, _P, _P, _N, _N, _N, _N, *_DROPOUT, _I),
     "nf4_dequantize": (_P, _I, *_WEIGHT, _N, _N, _I),
     "nf4_columns": (_P, _I, *_WEIGHT, _N, _N, _N, _N, _I),
     "nf4_quantize": (_P, _P, _P, _I, _N, _N, _I),
@@ -64,7 +68,11 @@ def _function(name: str) -> Callable[..., None]:
 
 _library = _load()
 ISA = _choose(_library, os.environ.get("PEFT_OPS_CPU_ISA"))
-nf4_dequantize, nf4_columns, nf4_quantize, absmax_quantize, nf4_linear, nf4_linear_dx = map(_function, _ARGUMENTS)
+down_project, down_project_da, low_rank_update = map(_function, ("down_project", "down_project_da", "low_rank_update"))
+nf4_dequantize, nf4_columns, nf4_linear, nf4_linear_dx = map(
+    _function, ("nf4_dequantize", "nf4_columns", "nf4_linear", "nf4_linear_dx")
+)
+nf4_quantize, absmax_quantize = map(_function, ("nf4_quantize", "absmax_quantize"))
 
 _TABLES = nf4_tables(torch.device("cpu"))
 MIDPOINTS = _TABLES.map_thresholds.data_ptr()
@@ -91,3 +99,20 @@ def weight_arguments(weight) -> tuple[tuple, list[torch.Tensor]]:
 def rows(t: torch.Tensor) -> torch.Tensor:
     """t [M, K] with neighbours in a row side by side in memory: itself where it is so."""
     return t if t.stride(1) == 1 else t.contiguous()
+
+
+def operand(t: torch.Tensor) -> torch.Tensor:
+    """t [R, K] in float32, rows from which 64 elements at a time can be read: zeros behind the last."""
+    R, K = t.shape
+    if t.dtype == torch.float32 and K % 64 == 0 and t.stride(1) == 1:
+        return t
+    wide = torch.zeros(R, -(-K // 64) * 64)
+    wide[:, :K] = t
+    return wide
+
+
+def dropout_arguments(p: float, seed: torch.Tensor | None, scaling: float = 1.0) -> tuple[int, int | None, int, float]:
+    """(threshold, seeds, groups, scale) for 0 <= p < 1; no mask at p = 0."""
+    if p == 0.0 or seed is None:
+        return -1, None, 1, scaling
+    return min(round(p * 2**16), 2**16 - 1), seed.data_ptr(), seed.numel(), scaling / (1.0 - p)
