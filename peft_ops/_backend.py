@@ -55,7 +55,7 @@ def _package(tensor: torch.Tensor) -> str:
 
 
 def _is_native(tensor: torch.Tensor) -> bool:
-    """Whether code that takes addresses may be called: memory of its own on a CPU, and nothing that watches or traces."""
+    """Whether code that takes addresses may be called: plain memory on a CPU, and nothing that watches or traces."""
     return (
         not torch.compiler.is_compiling()
         and tensor.device.type == "cpu"
@@ -68,7 +68,7 @@ def _is_native(tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def _native(op: str) -> ModuleType:
-    """The reference's functions of `op`, those that the native library has in their place; without it, the reference."""
+    """The functions of `op`, the library's where it has them, the reference's for the rest or without a library."""
     reference = getattr(_reference(), op)
     try:
         from .kernels import cpu
@@ -77,7 +77,7 @@ def _native(op: str) -> ModuleType:
     native = getattr(cpu, op, None)
     if native is None:
         return reference
-    merged = ModuleType(f"{native.__name__}")
+    merged = ModuleType(native.__name__)
     merged.__dict__.update(_functions(reference) | _functions(native))
     return merged
 

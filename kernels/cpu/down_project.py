@@ -11,7 +11,7 @@ def down_project(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor 
     if p >= 1.0:
         return torch.zeros(M, R)
     s, x, a = torch.empty(M, R, dtype=torch.float32), native.rows(x), native.operand(a)
-    native.down_project(
+    native.lib.down_project(
         s.data_ptr(), x.data_ptr(), native.DTYPES[x.dtype], x.stride(0), a.data_ptr(), a.stride(0), M, K, R,
         *native.dropout_arguments(p, seed), native.threads(M * K),
     )  # fmt: skip
@@ -20,10 +20,10 @@ def down_project(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor 
 
 def down_project_da(ds: torch.Tensor, x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
     """da [R, K] = dsᵀ drop(x); one pass over x."""
-    return product_sum(ds, x, p, seed, 1.0)
+    return _product_sum(ds, x, p, seed, 1.0)
 
 
-def product_sum(
+def _product_sum(
     ds: torch.Tensor, x: torch.Tensor, p: float, seed: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
     """[R, K] = scaling · dsᵀ drop(x)."""
@@ -31,7 +31,7 @@ def product_sum(
     if p >= 1.0:
         return torch.zeros(R, K)
     da, ds, x = torch.empty(R, K, dtype=torch.float32), ds.float().contiguous(), native.rows(x)
-    native.down_project_da(
+    native.lib.down_project_da(
         da.data_ptr(), ds.data_ptr(), x.data_ptr(), native.DTYPES[x.dtype], x.stride(0), M, K, R,
         *native.dropout_arguments(p, seed, scaling), native.threads(M * K),
     )  # fmt: skip

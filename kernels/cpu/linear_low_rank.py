@@ -1,4 +1,4 @@
-"""A linear layer with its low-rank term, forward and for the gradient of x, on a CPU: torch's product, then an update."""
+"""A linear layer with its low-rank term, forward and for the gradient of x, on a CPU: torch's product, an update."""
 
 import torch
 

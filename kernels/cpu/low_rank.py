@@ -3,7 +3,7 @@
 import torch
 
 from . import native
-from .down_project import product_sum
+from .down_project import _product_sum
 
 
 def low_rank_update_(
@@ -16,7 +16,7 @@ def low_rank_update_(
     if y.stride(1) != 1:
         return y.copy_(low_rank_update_(y.contiguous(), s, b, scaling, p, seed))
     s, bt = s.float().contiguous(), native.operand(b.t())
-    native.low_rank_update(
+    native.lib.low_rank_update(
         y.data_ptr(), native.DTYPES[y.dtype], y.stride(0), s.data_ptr(), bt.data_ptr(), bt.stride(0), M, N, R,
         *native.dropout_arguments(p, seed, scaling), native.threads(M * N),
     )  # fmt: skip
@@ -30,8 +30,8 @@ def low_rank_gradients(
     (M, N), R = dy.shape, b.shape[1]
     dy, bt = native.rows(dy), native.operand(b.t())
     ds = torch.empty(M, R, dtype=torch.float32)
-    native.down_project(
+    native.lib.down_project(
         ds.data_ptr(), dy.data_ptr(), native.DTYPES[dy.dtype], dy.stride(0), bt.data_ptr(), bt.stride(0), M, N, R,
         *native.dropout_arguments(0.0, None, scaling), native.threads(M * N),
     )  # fmt: skip
-    return ds, None if s is None else product_sum(s, dy, 0.0, None, scaling).t()
+    return ds, None if s is None else _product_sum(s, dy, 0.0, None, scaling).t()

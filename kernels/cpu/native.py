@@ -5,9 +5,9 @@
 
 import ctypes
 import os
-from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch  # loads its OpenMP runtime first, which the library then shares
 
@@ -20,6 +20,7 @@ _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _WEIGHT = (_P, _P, _P, _P, _P, _P, _N)  # packed, absmax, codes, nested, offset, map, blocksize
 _DROPOUT = (_I, _P, _N, _F)  # threshold, seeds, groups, scale
 _ARGUMENTS = {
+    "widen": (_P, _N, _P, _I, _N, _N, _N, _N),
     "down_project": (_P, _P, _I, _N, _P, _N, _N, _N, _N, *_DROPOUT, _I),
     "down_project_da": (_P, _P, _P, _I, _N, _N, _N, _N, *_DROPOUT, _I),
     "low_rank_update": (_P, _I, _N, _P, _P, _N, _N, _N, _N, *_DROPOUT, _I),
@@ -47,32 +48,37 @@ def _load() -> ctypes.CDLL:
     raise ImportError("peft_ops was installed without its native CPU library: no C++ compiler was found")
 
 
-def _choose(library: ctypes.CDLL, forced: str | None) -> str:
+def runs() -> list[str]:
+    """The instruction sets that this machine runs, best first."""
+    return [isa for isa in ISAS if _library.peft_ops_runs(isa.encode())]
+
+
+def use(isa: str) -> None:
+    """Take the functions of an instruction set from now on."""
+    global ISA
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(_library, f"peft_ops_{name}_{isa}")
+        function.argtypes, function.restype = arguments, None
+        setattr(lib, name, function)
+    ISA = isa
+
+
+def _chosen(forced: str | None) -> str:
     """
     Raises:
         ValueError: PEFT_OPS_CPU_ISA is unknown, or this machine does not run it.
     """
     if forced and forced not in ISAS:
         raise ValueError(f"PEFT_OPS_CPU_ISA must be one of {', '.join(ISAS)}, got {forced}")
-    runs = [isa for isa in ISAS if library.peft_ops_runs(isa.encode())]
-    if forced and forced not in runs:
-        raise ValueError(f"PEFT_OPS_CPU_ISA={forced}, but this machine runs {', '.join(runs)}")
-    return forced or runs[0]
-
-
-def _function(name: str) -> Callable[..., None]:
-    function = getattr(_library, f"peft_ops_{name}_{ISA}")
-    function.argtypes, function.restype = _ARGUMENTS[name], None
-    return function
+    if forced and forced not in runs():
+        raise ValueError(f"PEFT_OPS_CPU_ISA={forced}, but this machine runs {', '.join(runs())}")
+    return forced or runs()[0]
 
 
 _library = _load()
-ISA = _choose(_library, os.environ.get("PEFT_OPS_CPU_ISA"))
-down_project, down_project_da, low_rank_update = map(_function, ("down_project", "down_project_da", "low_rank_update"))
-nf4_dequantize, nf4_columns, nf4_linear, nf4_linear_dx = map(
-    _function, ("nf4_dequantize", "nf4_columns", "nf4_linear", "nf4_linear_dx")
-)
-nf4_quantize, absmax_quantize = map(_function, ("nf4_quantize", "absmax_quantize"))
+ISA: str
+lib = SimpleNamespace()  # the library's functions
+use(_chosen(os.environ.get("PEFT_OPS_CPU_ISA")))
 
 _TABLES = nf4_tables(torch.device("cpu"))
 MIDPOINTS = _TABLES.map_thresholds.data_ptr()
@@ -89,10 +95,10 @@ def address(t: torch.Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def weight_arguments(weight) -> tuple[tuple, list[torch.Tensor]]:
+def weight_arguments(weight) -> tuple[tuple, list[torch.Tensor | None]]:
     """(the seven arguments of an NF4Weight, the tensors that they point into, to be held until the call is over)."""
-    tensors = [t if t is None else t.contiguous() for t in
-               (weight.packed, weight.absmax, weight.absmax_codes, weight.nested_absmax, weight.nested_offset)]  # fmt: skip
+    tensors = [weight.packed, weight.absmax, weight.absmax_codes, weight.nested_absmax, weight.nested_offset]
+    tensors = [None if t is None else t.contiguous() for t in tensors]
     return (*map(address, tensors), _MAP, weight.blocksize), tensors
 
 
@@ -106,8 +112,9 @@ def operand(t: torch.Tensor) -> torch.Tensor:
     R, K = t.shape
     if t.dtype == torch.float32 and K % 64 == 0 and t.stride(1) == 1:
         return t
-    wide = torch.zeros(R, -(-K // 64) * 64)
-    wide[:, :K] = t
+    wide = torch.empty(R, -(-K // 64) * 64, dtype=torch.float32)
+    t = t if t.dtype in DTYPES else t.float()
+    lib.widen(wide.data_ptr(), wide.stride(0), t.data_ptr(), DTYPES[t.dtype], *t.stride(), R, K)
     return wide
 
 

@@ -12,7 +12,7 @@ def nf4_quantize(w: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.T
     w, n = w.contiguous(), w.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
     absmax = torch.empty(-(-n // blocksize), dtype=torch.float32)
-    native.nf4_quantize(
+    native.lib.nf4_quantize(
         packed.data_ptr(), absmax.data_ptr(), w.data_ptr(), native.DTYPES[w.dtype], n, blocksize, native.threads(n)
     )
     return packed, absmax
@@ -24,7 +24,7 @@ def absmax_quantize(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     offset = absmax.mean() if n else absmax.new_zeros(())
     codes = torch.empty(n, dtype=torch.uint8)
     nested_absmax = torch.empty(-(-n // NESTED_BLOCKSIZE), dtype=torch.float32)
-    native.absmax_quantize(
+    native.lib.absmax_quantize(
         codes.data_ptr(), nested_absmax.data_ptr(), absmax.data_ptr(), n, offset.data_ptr(), native.MIDPOINTS,
         native.threads(n),
     )  # fmt: skip
@@ -35,6 +35,6 @@ def nf4_dequantize(weight, dtype: torch.dtype) -> torch.Tensor:
     """The n values, flat: level[code] · absmax in float32, rounded once to dtype."""
     n = weight.shape.numel()
     out = torch.empty(n, dtype=dtype)
-    arguments, held = native.weight_arguments(weight)
-    native.nf4_dequantize(out.data_ptr(), native.DTYPES[dtype], *arguments, 0, n, native.threads(n))
+    arguments, _held = native.weight_arguments(weight)
+    native.lib.nf4_dequantize(out.data_ptr(), native.DTYPES[dtype], *arguments, 0, n, native.threads(n))
     return out

@@ -51,7 +51,7 @@ void linear_dx(typename D::T* dx, const typename D::T* dy, int64_t ldy, const We
   if (few(w, M, K)) {
     Scratch<float> sums(M * K);
     for (int64_t m = 0; m < M; m++)
-      for (int64_t n = 0; n < N; n++) rows[m * N + n] = widen_some<D>(dy + m * ldy + n, 1)[0];
+      for (int64_t n = 0; n < N; n++) rows[m * N + n] = D::widen_one(dy[m * ldy + n]);
     if (M == 1) few_rows_dx<D, 1>(sums, rows, w, N, K, threads);
     else if (M == 2) few_rows_dx<D, 2>(sums, rows, w, N, K, threads);
     else if (M == 3) few_rows_dx<D, 3>(sums, rows, w, N, K, threads);
@@ -59,7 +59,7 @@ void linear_dx(typename D::T* dx, const typename D::T* dy, int64_t ldy, const We
     return;
   }
   for (int64_t m = 0; m < M; m++)
-    for (int64_t n = 0; n < N; n++) rows[m * N + n] = widen_some<D>(dy + m * ldy + n, 1)[0];
+    for (int64_t n = 0; n < N; n++) rows[m * N + n] = D::widen_one(dy[m * ldy + n]);
   panels_dx<D>(dx, rows, w, M, N, K, threads);
 }
 

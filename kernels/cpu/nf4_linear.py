@@ -26,8 +26,8 @@ def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tens
             y[:, rows] = torch.nn.functional.linear(x, w, None if bias is None else bias[rows])
         return y
     x, bias = native.rows(x), None if bias is None else bias.contiguous()
-    arguments, held = native.weight_arguments(weight)
-    native.nf4_linear(
+    arguments, _held = native.weight_arguments(weight)
+    native.lib.nf4_linear(
         y.data_ptr(), x.data_ptr(), native.DTYPES[x.dtype], x.stride(0), *arguments, native.address(bias), M, N, K,
         native.threads(N * K),
     )  # fmt: skip
@@ -39,12 +39,12 @@ def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
     (N, K), M = weight.shape, dy.shape[0]
     dx = torch.empty(M, K, dtype=dy.dtype)
     if M > FEW:
-        for columns, w in decoded_columns(weight, dy.dtype):
+        for columns, w in _decoded_columns(weight, dy.dtype):
             dx[:, columns] = dy @ w
         return dx
     dy = native.rows(dy)
-    arguments, held = native.weight_arguments(weight)
-    native.nf4_linear_dx(
+    arguments, _held = native.weight_arguments(weight)
+    native.lib.nf4_linear_dx(
         dx.data_ptr(), dy.data_ptr(), native.DTYPES[dy.dtype], dy.stride(0), *arguments, M, N, K, native.threads(N * K)
     )
     return dx
@@ -54,32 +54,32 @@ def decoded_rows(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tens
     """(rows, deq(W)[rows] in dtype), a slab at a time, each in the memory of the one before."""
     N, K = weight.shape
     step = max(1, _SLAB // max(1, K))
-    arguments, held = native.weight_arguments(weight)
-    w = workspace(step * K, dtype)
+    arguments, _held = native.weight_arguments(weight)
+    w = _workspace(step * K, dtype)
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
         first, last = start * K, rows.stop * K
-        native.nf4_dequantize(
+        native.lib.nf4_dequantize(
             w.data_ptr(), native.DTYPES[dtype], *arguments, first, last, native.threads(last - first)
         )
         yield rows, w[: last - first].view(-1, K)
 
 
-def decoded_columns(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+def _decoded_columns(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
     """(columns, deq(W)[:, columns] in dtype), a slab at a time, each in the memory of the one before."""
     N, K = weight.shape
     step = max(64, _SLAB // max(1, N))
-    arguments, held = native.weight_arguments(weight)
-    w = workspace(step * N, dtype)
+    arguments, _held = native.weight_arguments(weight)
+    w = _workspace(step * N, dtype)
     for start in range(0, K, step):
         stop = min(start + step, K)
-        native.nf4_columns(
+        native.lib.nf4_columns(
             w.data_ptr(), native.DTYPES[dtype], *arguments, N, K, start, stop, native.threads(N * (stop - start))
         )
         yield slice(start, stop), w[: N * (stop - start)].view(N, stop - start)
 
 
-def workspace(n: int, dtype: torch.dtype) -> torch.Tensor:
+def _workspace(n: int, dtype: torch.dtype) -> torch.Tensor:
     """n elements, uninitialised: this thread's, and the next call's too."""
     nbytes = n * dtype.itemsize
     memory = getattr(_local, "memory", None)

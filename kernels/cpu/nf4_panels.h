@@ -40,7 +40,7 @@ void panels(typename D::T* y, const typename P::T* x, int64_t ldx, const Weight&
       dot_tile<P>(sums, PANEL_ROWS * L, x + k, ldx, M, panel, DEPTH, rows, whole);
     }
     float shift[PANEL_ROWS] = {};
-    for (int64_t r = 0; bias && r < rows; r++) shift[r] = widen_some<D>(bias + n + r, 1)[0];
+    for (int64_t r = 0; bias && r < rows; r++) shift[r] = D::widen_one(bias[n + r]);
     for (int64_t m = 0; m < M; m++)
       for (int64_t r = 0; r < rows; r++)
         narrow_some<D>(y + m * N + n + r, splat(sum(load<vf>(sums + (m * PANEL_ROWS + r) * L)) + shift[r]), 1);

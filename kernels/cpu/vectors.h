@@ -103,6 +103,7 @@ inline uint16_t float_to_half(float f) {  // to nearest, ties to even
 struct F32 {
   typedef float T;
   static constexpr bool PAIRS = false;  // whether products of pairs have an instruction
+  static float widen_one(T x) { return x; }
   static vf widen(const T* p) { return load<vf>(p); }
   static void narrow(T* p, vf v) { store(p, v); }
   static vf round(vf v) { return v; }
@@ -111,6 +112,12 @@ struct F32 {
 struct BF16 {  // to nearest, ties to even, in integers: vcvtneps2bf16 takes subnormals for zeros
   typedef uint16_t T;
   static constexpr bool PAIRS = true;
+  static float widen_one(T x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+  }
   static vf widen(const T* p) { return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16); }
   static vu rounded(vf v) {  // in the upper half; the lower is not cleared
     vu bits = (vu)v;
@@ -123,6 +130,7 @@ struct BF16 {  // to nearest, ties to even, in integers: vcvtneps2bf16 takes sub
 struct F16 {
   typedef uint16_t T;
   static constexpr bool PAIRS = false;
+  static float widen_one(T x) { return half_to_float(x); }
   static vf widen(const T* p) {
 #if defined(ISA_AVX512)
     return (vf)_mm512_cvtph_ps((__m256i)load<vh>(p));
