@@ -11,15 +11,21 @@ namespace {
 constexpr int64_t TILE_ROWS = 8, TILE_COLUMNS = 512;
 constexpr int64_t MASK_EXTRA = 4 * L;
 
-// tile[m][k] = x[row + m][first + k], masked, in float32; zeros from `columns` to a multiple of 64.
+inline void prefetch(const void* p, int64_t bytes) {  // addresses outside any memory do no harm
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
+}
+
+// tile[m][k] = x[row + m][first + k], masked, in float32; zeros from `columns` to a multiple of 64. What comes `ahead`
+// elements later in x is fetched meanwhile.
 template <class D>
 void load_tile(float* tile, int64_t ld, const typename D::T* x, int64_t ldx, int64_t row, int64_t rows, int64_t first,
-               int64_t columns, const Dropout& dropout, int64_t group) {
+               int64_t columns, int64_t ahead, const Dropout& dropout, int64_t group) {
   alignas(64) uint16_t mask[TILE_COLUMNS + MASK_EXTRA];
   for (int64_t m = 0; m < rows; m++) {
     const typename D::T* from = x + (row + m) * ldx + first;
     float* to = tile + m * ld;
     int64_t k = 0;
+    prefetch(from + ahead, columns * sizeof *x);
     if (dropout.on()) {
       dropout.keep(mask, group, row + m, first, columns);
       for (; k + L <= columns; k += L) store(to + k, masked(D::widen(from + k), mask + k));
@@ -46,7 +52,7 @@ void down_project(float* s, const typename D::T* x, int64_t ldx, const float* a,
       memset(sums, 0, rows * step * L * sizeof(float));
       for (int64_t k = 0; k < K; k += TILE_COLUMNS) {
         const int64_t columns = at_most(TILE_COLUMNS, K - k);
-        load_tile<D>(tile, TILE_COLUMNS, x, ldx, row, rows, k, columns, dropout, r / each);
+        load_tile<D>(tile, TILE_COLUMNS, x, ldx, row, rows, k, columns, TILE_COLUMNS, dropout, r / each);
         dot_tile<ProductF32>(sums, step * L, tile, TILE_COLUMNS, rows, a + r * lda + k, lda, ranks, parts_of(columns, 64) * 64);
       }
       for (int64_t m = 0; m < rows; m++)
@@ -71,9 +77,10 @@ void down_project_da(float* da, const float* ds, const typename D::T* x, int64_t
     for (int64_t row = 0; row < M; row += depth) {
       const int64_t rows = at_most(depth, M - row);
       for (int64_t group = 0; group < groups; group++) {
-        if (group == 0 || dropout.on()) load_tile<D>(tile, width, x, ldx, row, rows, first, columns, dropout, group);
+        if (group == 0 || dropout.on())
+          load_tile<D>(tile, width, x, ldx, row, rows, first, columns, depth * ldx, dropout, group);
         const int64_t r = group * each;
-        axpy_tile(sums + r * width, width, each, ds + row * R + r, 1, R, tile, width, whole, rows);
+        axpy_tile<false>(sums + r * width, width, each, ds + row * R + r, 1, R, tile, width, whole, rows);
       }
     }
     for (int64_t r = 0; r < R; r++)
@@ -89,22 +96,21 @@ void low_rank_update(typename D::T* y, int64_t ldy, const float* s, const float*
   const int64_t each = R / groups;
   parallel(threads, parts_of(M, TILE_ROWS), [&](int64_t part) {
     const int64_t row = part * TILE_ROWS, rows = at_most(TILE_ROWS, M - row);
-    alignas(64) float terms[TILE_ROWS * WIDTH], total[TILE_ROWS * WIDTH];
+    alignas(64) float total[TILE_ROWS * WIDTH], terms[TILE_ROWS * WIDTH];
     alignas(64) uint16_t mask[WIDTH + MASK_EXTRA];
     for (int64_t first = 0; first < N; first += WIDTH) {
       const int64_t columns = at_most(WIDTH, N - first), whole = parts_of(columns, 64) * 64;
+      for (int64_t m = 0; m < rows; m++) prefetch(y + (row + m) * ldy + first + WIDTH, WIDTH * sizeof(typename D::T));
       for (int64_t group = 0; group < groups; group++) {
         const int64_t r = group * each;
-        memset(terms, 0, rows * WIDTH * sizeof(float));
-        axpy_tile(terms, WIDTH, rows, s + row * R + r, R, 1, bt + r * ldb + first, ldb, whole, each);
-        for (int64_t m = 0; m < rows; m++) {
-          float *term = terms + m * WIDTH, *sum = total + m * WIDTH;
-          if (dropout.on()) {
-            dropout.keep(mask, group, row + m, first, columns);
-            for (int64_t k = 0; k < whole; k += L) store(term + k, masked(load<vf>(term + k), mask + k));
+        float* out = group ? terms : total;
+        axpy_tile<true>(out, WIDTH, rows, s + row * R + r, R, 1, bt + r * ldb + first, ldb, whole, each);
+        for (int64_t m = 0; dropout.on() && m < rows; m++) {
+          dropout.keep(mask, group, row + m, first, columns);
+          for (int64_t k = m * WIDTH; k < m * WIDTH + whole; k += L) {
+            const vf term = masked(load<vf>(out + k), mask + (k - m * WIDTH));
+            store(total + k, group ? load<vf>(total + k) + term : term);
           }
-          for (int64_t k = 0; k < whole; k += L)
-            store(sum + k, group ? load<vf>(sum + k) + load<vf>(term + k) : load<vf>(term + k));
         }
       }
       for (int64_t m = 0; m < rows; m++) {

@@ -59,7 +59,7 @@ void panels_dx(typename D::T* dx, const float* dy, const Weight& w, int64_t M, i
       const int64_t rows = at_most(PANEL_DEPTH, N - n);
       for (int64_t r = 0; r < rows; r++)
         decode<Rounded<D>>(panel + r * PANEL_COLUMNS, w, (n + r) * K + k, (n + r) * K + k + columns);
-      axpy_tile(sums, PANEL_COLUMNS, M, dy + n, N, 1, panel, PANEL_COLUMNS, whole, rows);
+      axpy_tile<false>(sums, PANEL_COLUMNS, M, dy + n, N, 1, panel, PANEL_COLUMNS, whole, rows);
     }
     for (int64_t m = 0; m < M; m++)
       for (int64_t i = 0; i < columns; i += L) {
