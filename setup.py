@@ -16,7 +16,7 @@ class BuildOptional(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:
-            print(f"peft-ops: no native CPU library, ops run in plain PyTorch on a CPU ({error})", file=sys.stderr)
+            print(f"peft-ops: no native CPU library ({type(error).__name__}, see above), plain PyTorch instead", file=sys.stderr)
 
 
 native = Extension(
