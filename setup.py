@@ -1,14 +1,15 @@
 """Only what pyproject.toml cannot say: the native CPU library, which a machine without a compiler does without."""
 
+import hashlib
 import sys
-from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
          "-fno-trapping-math", "-g0", "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # fmt: skip
+SOURCES = sorted(str(p) for p in Path("kernels/cpu").iterdir() if p.suffix in (".cpp", ".h", ".inc"))
 
 
 class BuildOptional(build_ext):
@@ -16,13 +17,20 @@ class BuildOptional(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:
-            print(f"peft-ops: no native CPU library ({type(error).__name__}, see above), plain PyTorch instead", file=sys.stderr)
+            reason = f"{type(error).__name__}, see above"
+            print(f"peft-ops: no native CPU library ({reason}), so ops run in plain PyTorch on a CPU", file=sys.stderr)
+
+
+def digest():
+    """By which kernels/cpu/native.py knows a library of other sources."""
+    return hashlib.sha256(b"".join(Path(p).read_bytes() for p in SOURCES)).hexdigest()[:16]
 
 
 native = Extension(
     "peft_ops.kernels.cpu._native",
-    [f"kernels/cpu/native_{isa}.cpp" for isa in ISAS],
-    depends=["kernels/cpu/library.inc", *sorted(glob("kernels/cpu/*.h"))],
+    [p for p in SOURCES if p.endswith(".cpp")],
+    depends=SOURCES,
+    define_macros=[("SOURCES", f'"{digest()}"')],
     extra_compile_args=FLAGS,
     extra_link_args=["-fopenmp"],
     language="c++",

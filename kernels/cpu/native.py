@@ -4,7 +4,9 @@
 """
 
 import ctypes
+import hashlib
 import os
+import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,16 +38,30 @@ _ARGUMENTS = {
 def _load() -> ctypes.CDLL:
     """
     Raises:
-        ImportError: not built, or for another machine.
+        ImportError: not built, for another machine, or built from other sources than those beside it.
     """
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name("_native" + suffix)
-        if path.exists():
-            try:
-                return ctypes.CDLL(str(path))
-            except OSError as error:
-                raise ImportError(f"{path} does not load: {error}") from error
-    raise ImportError("peft_ops was installed without its native CPU library: no C++ compiler was found")
+    here = Path(__file__).parent
+    forced = os.environ.get("PEFT_OPS_CPU_LIBRARY")  # built apart, with a sanitizer
+    paths = [Path(forced)] if forced else [here / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
+    path = next(filter(Path.exists, paths), None)
+    if path is None:
+        raise ImportError("peft_ops was installed without its native CPU library: no C++ compiler was found")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(f"{path} does not load: {error}") from error
+    library.peft_ops_sources.restype = ctypes.c_char_p
+    sources = sorted(p for p in here.iterdir() if p.suffix in (".cpp", ".h", ".inc"))
+    if sources and library.peft_ops_sources().decode() != _digest(sources):
+        message = f"{path} was built from other sources: install peft_ops again. Until then ops run in plain PyTorch."
+        warnings.warn(message, stacklevel=2)
+        raise ImportError(message)
+    return library
+
+
+def _digest(sources: list[Path]) -> str:
+    """As in setup.py."""
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
 
 
 def runs() -> list[str]:

@@ -2,6 +2,11 @@
 #define ISA_PORTABLE
 #include "library.inc"
 
+#ifndef SOURCES
+#define SOURCES ""
+#endif
+extern "C" __attribute__((visibility("default"))) const char* peft_ops_sources() { return SOURCES; }
+
 // Whether this machine runs an instruction set.
 extern "C" __attribute__((visibility("default"))) int peft_ops_runs(const char* isa) {
   if (!strcmp(isa, "portable")) return 1;
