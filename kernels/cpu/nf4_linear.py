@@ -12,7 +12,7 @@ import torch
 from . import native
 
 _SLAB = 1 << 21  # elements: 4 MiB in 16 bits stay in a shared cache
-FEW = 32  # rows of x that the library multiplies itself
+FEW, FEW_DX = 16, 5  # rows of x, of dy that the library multiplies itself: above, torch is faster with its slabs
 _local = threading.local()
 
 
@@ -38,7 +38,7 @@ def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
     """dx [M, K] = dy [M, N] deq(W), in the dtype of dy."""
     (N, K), M = weight.shape, dy.shape[0]
     dx = torch.empty(M, K, dtype=dy.dtype)
-    if M > FEW:
+    if M > FEW_DX:
         for columns, w in _decoded_columns(weight, dy.dtype):
             dx[:, columns] = dy @ w
         return dx
