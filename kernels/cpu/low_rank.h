@@ -46,21 +46,24 @@ void down_project(float* s, const typename D::T* x, int64_t ldx, const float* a,
   parallel(threads, parts_of(M, TILE_ROWS), [&](int64_t part) {
     const int64_t row = part * TILE_ROWS, rows = at_most(TILE_ROWS, M - row);
     alignas(64) float tile[TILE_ROWS * TILE_COLUMNS];
-    alignas(64) float sums[TILE_ROWS * 32 * L];
+    alignas(64) float parts[TILE_ROWS * 32 * L];
     for (int64_t r = 0, ranks; r < R; r += ranks) {
       ranks = at_most(step, each - r % each);
-      memset(sums, 0, rows * step * L * sizeof(float));
+      memset(parts, 0, rows * step * L * sizeof(float));
       for (int64_t k = 0; k < K; k += TILE_COLUMNS) {
         const int64_t columns = at_most(TILE_COLUMNS, K - k);
         load_tile<D>(tile, TILE_COLUMNS, x, ldx, row, rows, k, columns, TILE_COLUMNS, dropout, r / each);
-        dot_tile<ProductF32>(sums, step * L, tile, TILE_COLUMNS, rows, a + r * lda + k, lda, ranks, parts_of(columns, 64) * 64);
+        dot_tile<ProductF32>(parts, step * L, tile, TILE_COLUMNS, rows, a + r * lda + k, lda, ranks, parts_of(columns, 64) * 64);
       }
+      float total[TILE_ROWS * 32];
+      sums(total, parts, rows * step);
       for (int64_t m = 0; m < rows; m++)
-        for (int64_t i = 0; i < ranks; i++)
-          s[(row + m) * R + r + i] = scale * sum(load<vf>(sums + (m * step + i) * L));
+        for (int64_t i = 0; i < ranks; i++) s[(row + m) * R + r + i] = scale * total[m * step + i];
     }
   });
 }
+
+constexpr int64_t DA_TILE = 4096;  // elements
 
 inline int64_t panel_width(int64_t K) { return K >= 2048 ? 256 : K >= 512 ? 128 : 64; }
 
@@ -68,10 +71,10 @@ inline int64_t panel_width(int64_t K) { return K >= 2048 ? 256 : K >= 512 ? 128 
 template <class D>
 void down_project_da(float* da, const float* ds, const typename D::T* x, int64_t ldx, int64_t M, int64_t K, int64_t R,
                      int64_t groups, const Dropout& dropout, float scale, int threads) {
-  const int64_t each = R / groups, width = panel_width(K), depth = 2 * TILE_ROWS;
+  const int64_t each = R / groups, width = panel_width(K), depth = DA_TILE / width;
   parallel(threads, parts_of(K, width), [&](int64_t part) {
     const int64_t first = part * width, columns = at_most(width, K - first), whole = parts_of(columns, 64) * 64;
-    alignas(64) float tile[2 * TILE_ROWS * 256];
+    alignas(64) float tile[DA_TILE];
     Scratch<float> sums(R * width);
     memset(sums, 0, R * width * sizeof(float));
     for (int64_t row = 0; row < M; row += depth) {

@@ -28,8 +28,8 @@ void panels(typename D::T* y, const typename P::T* x, int64_t ldx, const Weight&
   constexpr int64_t DEPTH = PANEL_BYTES / sizeof(T);
   parallel(threads, parts_of(N, PANEL_ROWS), [&](int64_t part) {
     const int64_t n = part * PANEL_ROWS, rows = at_most(PANEL_ROWS, N - n);
-    Scratch<float> sums(M * PANEL_ROWS * L);
-    memset(sums, 0, M * PANEL_ROWS * L * sizeof(float));
+    Scratch<float> parts(M * PANEL_ROWS * L);
+    memset(parts, 0, M * PANEL_ROWS * L * sizeof(float));
     alignas(64) T panel[PANEL_ROWS * DEPTH];
     for (int64_t k = 0; k < K; k += DEPTH) {
       const int64_t depth = at_most(DEPTH, K - k), whole = padded(depth, P::STEP);
@@ -37,13 +37,15 @@ void panels(typename D::T* y, const typename P::T* x, int64_t ldx, const Weight&
         decode<W>(panel + r * DEPTH, w, (n + r) * K + k, (n + r) * K + k + depth);
         memset(panel + r * DEPTH + depth, 0, (whole - depth) * sizeof(T));
       }
-      dot_tile<P>(sums, PANEL_ROWS * L, x + k, ldx, M, panel, DEPTH, rows, whole);
+      dot_tile<P>(parts, PANEL_ROWS * L, x + k, ldx, M, panel, DEPTH, rows, whole);
     }
     float shift[PANEL_ROWS] = {};
     for (int64_t r = 0; bias && r < rows; r++) shift[r] = D::widen_one(bias[n + r]);
-    for (int64_t m = 0; m < M; m++)
-      for (int64_t r = 0; r < rows; r++)
-        narrow_some<D>(y + m * N + n + r, splat(sum(load<vf>(sums + (m * PANEL_ROWS + r) * L)) + shift[r]), 1);
+    for (int64_t m = 0; m < M; m++) {
+      float total[PANEL_ROWS];
+      sums(total, parts + m * PANEL_ROWS * L, rows);
+      for (int64_t r = 0; r < rows; r++) narrow_some<D>(y + m * N + n + r, splat(total[r] + shift[r]), 1);
+    }
   });
 }
 

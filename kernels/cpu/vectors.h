@@ -63,6 +63,39 @@ inline float sum(vf v) {
 #endif
 }
 
+#if defined(ISA_AVX512)
+inline __m512 sums_of_quarters(const float* p) {  // each 128 bits: the sums of those 128 bits of four vectors
+  const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16), c = _mm512_loadu_ps(p + 32), d = _mm512_loadu_ps(p + 48);
+  const __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
+}
+inline __m512 sums_of_pairs(__m512 a, __m512 b) {  // of 128 bits and the next, a's in the lower half
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+#endif
+
+// out[i] = sum of the i-th of n vectors at p.
+inline void sums(float* out, const float* p, int64_t n) {
+  int64_t i = 0;
+#if defined(ISA_AVX512)
+  for (; i + 16 <= n; i += 16) {
+    const float* q = p + i * 16;
+    const __m512 lower = sums_of_pairs(sums_of_quarters(q), sums_of_quarters(q + 64));
+    const __m512 upper = sums_of_pairs(sums_of_quarters(q + 128), sums_of_quarters(q + 192));
+    store(out + i, sums_of_pairs(lower, upper));
+  }
+#elif defined(ISA_AVX2)
+  for (; i + 4 <= n; i += 4) {
+    const float* q = p + i * 8;
+    const __m256 ab = _mm256_hadd_ps(_mm256_loadu_ps(q), _mm256_loadu_ps(q + 8));
+    const __m256 all = _mm256_hadd_ps(ab, _mm256_hadd_ps(_mm256_loadu_ps(q + 16), _mm256_loadu_ps(q + 24)));
+    store(out + i, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
+#endif
+  for (; i < n; i++) out[i] = sum(load<vf>(p + i * L));
+}
+
 inline vh low_halves(vu v) {
 #if defined(ISA_AVX512)
   return (vh)_mm512_cvtepi32_epi16((__m512i)v);
