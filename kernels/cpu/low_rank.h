@@ -40,8 +40,8 @@ void load_tile(float* tile, int64_t ld, const typename D::T* x, int64_t ldx, int
 
 // s[M][R] = scale · drop(x) aᵀ for a [R, lda] in float32, whose columns from K on are zero up to a multiple of 64.
 template <class D>
-void down_project(float* s, const typename D::T* x, int64_t ldx, const float* a, int64_t lda, int64_t M, int64_t K, int64_t R,
-                  int64_t groups, const Dropout& dropout, float scale, int threads) {
+void down_project(float* s, const typename D::T* x, int64_t ldx, const float* a, int64_t lda, int64_t M, int64_t K,
+                  int64_t R, int64_t groups, const Dropout& dropout, float scale, int threads) {
   const int64_t each = R / groups, step = at_most(each, 32);
   parallel(threads, parts_of(M, TILE_ROWS), [&](int64_t part) {
     const int64_t row = part * TILE_ROWS, rows = at_most(TILE_ROWS, M - row);
@@ -53,7 +53,8 @@ void down_project(float* s, const typename D::T* x, int64_t ldx, const float* a,
       for (int64_t k = 0; k < K; k += TILE_COLUMNS) {
         const int64_t columns = at_most(TILE_COLUMNS, K - k);
         load_tile<D>(tile, TILE_COLUMNS, x, ldx, row, rows, k, columns, TILE_COLUMNS, dropout, r / each);
-        dot_tile<ProductF32>(parts, step * L, tile, TILE_COLUMNS, rows, a + r * lda + k, lda, ranks, parts_of(columns, 64) * 64);
+        dot_tile<ProductF32>(parts, step * L, tile, TILE_COLUMNS, rows, a + r * lda + k, lda, ranks,
+                             parts_of(columns, 64) * 64);
       }
       float total[TILE_ROWS * 32];
       sums(total, parts, rows * step);

@@ -1,4 +1,4 @@
-// NF4 -> values: level[code] · absmax in float32, rounded once, the 16 products of a block kept in registers as a table.
+// NF4 -> values: level[code] · absmax in float32, rounded once; the 16 products of a block are a table in registers.
 #pragma once
 #include "vectors.h"
 

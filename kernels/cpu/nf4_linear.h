@@ -17,8 +17,8 @@ template <class D> void narrow_row(typename D::T* y, const float* x, const typen
 inline bool few(const Weight& w, int64_t M, int64_t K) { return M <= MAX_FEW && K % w.blocksize == 0; }
 
 template <class D>
-void linear(typename D::T* y, const typename D::T* x, int64_t ldx, const Weight& w, const typename D::T* bias, int64_t M,
-            int64_t N, int64_t K, int threads) {
+void linear(typename D::T* y, const typename D::T* x, int64_t ldx, const Weight& w, const typename D::T* bias,
+            int64_t M, int64_t N, int64_t K, int threads) {
   if (few(w, M, K)) {
     Scratch<float> apart(M * K), sums(M * N);
     lay_apart<D>(apart, x, ldx, M, K);
@@ -45,8 +45,8 @@ void linear(typename D::T* y, const typename D::T* x, int64_t ldx, const Weight&
 }
 
 template <class D>
-void linear_dx(typename D::T* dx, const typename D::T* dy, int64_t ldy, const Weight& w, int64_t M, int64_t N, int64_t K,
-               int threads) {
+void linear_dx(typename D::T* dx, const typename D::T* dy, int64_t ldy, const Weight& w, int64_t M, int64_t N,
+               int64_t K, int threads) {
   Scratch<float> rows(M * (N + L));
   if (few(w, M, K)) {
     Scratch<float> sums(M * K);

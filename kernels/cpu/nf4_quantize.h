@@ -49,7 +49,8 @@ struct Thresholds {
 inline void pack(uint8_t* out, vi codes) {  // L / 2 bytes
 #if defined(ISA_AVX512)
   __m512i q = (__m512i)codes;
-  _mm_storel_epi64((__m128i*)out, _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(q, 4), _mm512_srli_epi64(q, 32))));
+  const __m512i bytes = _mm512_or_si512(_mm512_slli_epi64(q, 4), _mm512_srli_epi64(q, 32));
+  _mm_storel_epi64((__m128i*)out, _mm512_cvtepi64_epi8(bytes));
 #else
   for (int i = 0; i < L / 2; i++) out[i] = codes[2 * i] << 4 | codes[2 * i + 1];
 #endif
@@ -79,8 +80,8 @@ void quantize(uint8_t* packed, float* absmax, const typename D::T* w, int64_t n,
 }
 
 // codes[i] = how many of the 255 midpoints lie below (absmax[i] - offset) / nested, in blocks of 256; NaN is above all.
-void quantize_absmax(uint8_t* codes, float* nested, const float* absmax, int64_t n, const float* offset, const float* midpoints,
-                     int threads) {
+void quantize_absmax(uint8_t* codes, float* nested, const float* absmax, int64_t n, const float* offset,
+                     const float* midpoints, int threads) {
   parallel(threads, parts_of(n, 256), [&](int64_t block) {
     const int64_t first = block * 256, size = at_most(256, n - first);
     alignas(64) float x[256] = {};

@@ -17,8 +17,8 @@ inline vq multiply(vq a, uint32_t b) {
 #endif
 }
 
-// Philox-4x32 of L / 2 counters (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), 7 rounds, a counter
-// to 64 bits. Upper halves of c0 to c3 hold whatever is left there: products and the last step do not read them.
+// Philox-4x32 of L / 2 counters (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), 7 rounds, one to
+// 64 bits. Upper halves of c0 to c3 hold whatever is left there: products and the last step do not read them.
 inline void philox(vq counter, uint64_t seed, vq& low, vq& high) {
   vq c0 = counter, c1 = counter >> 32, c2 = {}, c3 = {};
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);

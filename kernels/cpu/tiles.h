@@ -59,8 +59,8 @@ inline void dot_tile(float* sums, int64_t ld_sums, const typename P::T* x, int64
 constexpr int BLOCK_COLUMNS = (L == 8 ? 2 : 4) * L;  // of axpy_tile; divides 64
 
 template <int I, bool FRESH>
-inline void axpy_block(float* c, int64_t ldc, const float* a, int64_t row_a, int64_t step_a, const float* b, int64_t ldb,
-                       int64_t columns, int64_t n) {
+inline void axpy_block(float* c, int64_t ldc, const float* a, int64_t row_a, int64_t step_a, const float* b,
+                       int64_t ldb, int64_t columns, int64_t n) {
   constexpr int J = BLOCK_COLUMNS / L;
   for (int64_t k = 0; k < columns; k += BLOCK_COLUMNS) {
     vf acc[I][J];
@@ -82,8 +82,8 @@ inline void axpy_block(float* c, int64_t ldc, const float* a, int64_t row_a, int
 // c[i][:] += Σ_r a[i · row_a + r · step_a] b[r][:], over n rows of b; FRESH: c[i][:] = that. columns is a multiple of
 // BLOCK_COLUMNS.
 template <bool FRESH>
-inline void axpy_tile(float* c, int64_t ldc, int64_t rows, const float* a, int64_t row_a, int64_t step_a, const float* b,
-                      int64_t ldb, int64_t columns, int64_t n) {
+inline void axpy_tile(float* c, int64_t ldc, int64_t rows, const float* a, int64_t row_a, int64_t step_a,
+                      const float* b, int64_t ldb, int64_t columns, int64_t n) {
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4)
     axpy_block<4, FRESH>(c + i * ldc, ldc, a + i * row_a, row_a, step_a, b, ldb, columns, n);

@@ -1,7 +1,7 @@
 // Vectors of the widest float registers of an instruction set, and the three float types in memory.
 //
-// A source defines one of ISA_AVX512BF16, ISA_AVX512, ISA_AVX2 and ISA_PORTABLE before it includes this; everything is in
-// an unnamed namespace, so that no symbol of one instruction set can stand in for that of another. Compiled without
+// A source defines one of ISA_AVX512BF16, ISA_AVX512, ISA_AVX2 and ISA_PORTABLE before it includes this; everything is
+// in an unnamed namespace, so that no symbol of one instruction set can stand in for that of another. Compiled without
 // contraction: a fused product and sum is written `fma`, and results that are exact stay the same everywhere.
 #pragma once
 #include <stdint.h>
@@ -65,7 +65,8 @@ inline float sum(vf v) {
 
 #if defined(ISA_AVX512)
 inline __m512 sums_of_quarters(const float* p) {  // each 128 bits: the sums of those 128 bits of four vectors
-  const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16), c = _mm512_loadu_ps(p + 32), d = _mm512_loadu_ps(p + 48);
+  const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16);
+  const __m512 c = _mm512_loadu_ps(p + 32), d = _mm512_loadu_ps(p + 48);
   const __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   return _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
