@@ -68,7 +68,10 @@ def kernel_id(path):
 
 
 ANY = {"torch", "collections", "functools", "contextlib", "math", "typing"}
-MAY_IMPORT = {"kernels": ANY | {"triton"}, "cpu": ANY | {"ctypes", "hashlib", "importlib", "os", "pathlib", "threading", "types", "warnings"}}
+MAY_IMPORT = {
+    "kernels": ANY | {"triton"},
+    "cpu": ANY | {"ctypes", "hashlib", "importlib", "os", "pathlib", "threading", "types", "warnings"},
+}
 
 
 @pytest.mark.parametrize("path", sources("kernels"), ids=kernel_id)

@@ -243,6 +243,8 @@ def test_the_door_opens_to_plain_tensors_alone():
     assert chosen(mode.from_tensor(x)) == "peft_ops.reference.nf4"
     with FlopCounterMode(display=False):
         assert chosen(x) == "peft_ops.reference.nf4"
+    fake_bytes = mode.from_tensor(torch.zeros(4, dtype=torch.uint8))
+    assert chosen(fake_bytes.new_empty(0, dtype=torch.float32)) == "peft_ops.reference.nf4"  # as dequantize asks
     assert torch.func.vmap(lambda t: t if chosen(t) == "peft_ops.reference.nf4" else t * 0)(x).equal(x)
 
 
