@@ -8,13 +8,17 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 KERNEL_TESTS := tests/test_nf4.py tests/test_nf4_linear.py tests/test_lora_linear.py tests/test_prefix_attention.py \
 	tests/test_dora_linear.py tests/test_lora_embedding.py tests/test_bottleneck_adapter.py \
 	tests/test_linear_logprob.py tests/test_lora_projections.py tests/test_gated_mlp.py tests/interpret
+NATIVE_TESTS := tests/test_nf4.py tests/test_nf4_linear.py tests/test_lora_linear.py tests/test_dora_linear.py \
+	tests/test_lora_projections.py
+NATIVE_SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.inc)
+SANITIZE := -fsanitize=address,undefined -fno-omit-frame-pointer
 
-.PHONY: demo test lint torch interpret aot bench gpu lock clean
+.PHONY: demo test lint torch native sanitize interpret aot bench gpu lock clean
 
 demo: $(VENV)/.ready  ## train the embedded model by every method, side by side
 	$(BIN)/peft-ops compare --out $(OUT)/compare
 
-test: lint torch interpret aot  ## the four jobs of CI
+test: lint torch native interpret aot  ## the five jobs of CI
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -24,6 +28,18 @@ lint: $(VENV)/.ready
 torch: $(VENV)/.ready  ## the plain-PyTorch path: ops, layers, methods, checkpoints, command line, benchmarks once
 	$(PYTEST) tests --ignore tests/interpret --ignore tests/aot -m "not gpu"
 	$(BIN)/python -m pytest benchmarks --benchmark-disable
+
+native: $(VENV)/.ready  ## ops on the plain reference, and on every instruction set that this machine runs
+	PEFT_OPS_BACKEND=peft_ops.reference $(PYTEST) -q $(NATIVE_TESTS) -m "not gpu"
+	for isa in $$($(BIN)/python -c "from peft_ops.kernels.cpu import native; print(*native.runs()[1:])"); do \
+		PEFT_OPS_CPU_ISA=$$isa $(PYTEST) -q $(NATIVE_TESTS) -m "not gpu" || exit 1; done
+
+sanitize: $(VENV)/.ready  ## the native library's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build_ext \
+		--build-lib $(OUT)/sanitize --build-temp $(OUT)/sanitize/temp
+	PEFT_OPS_CPU_LIBRARY=$$(ls $(OUT)/sanitize/peft_ops/kernels/cpu/_native*) ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=halt_on_error=1 LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests/test_native.py tests/test_nf4_linear.py
 
 interpret: $(VENV)/.ready  ## the Triton kernels on CPU tensors, held against the reference
 	TRITON_INTERPRET=1 PEFT_OPS_BACKEND=peft_ops.kernels $(PYTEST) $(KERNEL_TESTS) -m "not gpu"
@@ -45,10 +61,10 @@ lock: $(VENV)/.ready  ## write constraints.txt from the environment as it is
 		| grep -v '^-e' | sed 's/+[a-z0-9]*$$//' ) > constraints.new
 	mv constraints.new constraints.txt
 
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(NATIVE_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info kernels/cpu/*.so

@@ -1,9 +1,11 @@
 """The only door to device code: which package implements an op for a tensor.
 
 `PEFT_OPS_BACKEND` (one of `_PACKAGES`, read once at import) forces a package for every device; otherwise device types
-in `_BY_DEVICE` go to their kernels where these can be installed, and everything else to the plain-PyTorch reference.
+in `_BY_DEVICE` go to their kernels where these can be installed, plain tensors on a CPU to the native library where it
+was built, and everything else to the plain-PyTorch reference.
 """
 
+import functools
 import os
 from importlib.util import find_spec
 from types import ModuleType
@@ -18,15 +20,16 @@ def _reference() -> ModuleType:
 
 
 def _triton() -> ModuleType:
-    from . import kernels  # at first use, and as a statement, which torch.compile can trace
+    from .kernels import launchers  # at first use, and as a statement, which torch.compile can trace
 
-    return kernels
+    return launchers
 
 
 REFERENCE, TRITON = "peft_ops.reference", "peft_ops.kernels"
 _PACKAGES = {REFERENCE: _reference, TRITON: _triton}
 _BY_DEVICE = {"cuda": TRITON} if find_spec("triton") else {}
 _KERNEL_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FORCED = os.environ.get("PEFT_OPS_BACKEND")
 if _FORCED and _FORCED not in _PACKAGES:
     raise ImportError(f"PEFT_OPS_BACKEND must be one of {', '.join(_PACKAGES)}, got {_FORCED}")
@@ -34,14 +37,50 @@ if _FORCED and _FORCED not in _PACKAGES:
 
 def implementation(op: str, tensor: torch.Tensor) -> ModuleType:
     """The module that implements `op` for the device and dtype of `tensor`; kernels take 16- and 32-bit floats."""
-    return getattr(_PACKAGES[_package(tensor)](), op)
+    package = _package(tensor)
+    if package == REFERENCE and not _FORCED and _is_native(tensor):
+        return _native(op)
+    return getattr(_PACKAGES[package](), op)
 
 
 def is_reference(tensor: torch.Tensor) -> bool:
-    """Whether ops run in plain PyTorch on the device and dtype of `tensor`."""
+    """Whether torch.compile would see an op on the device and dtype of `tensor` as plain PyTorch; native code, which
+    cannot be traced, gives way to it there."""
     return _package(tensor) == REFERENCE
 
 
 def _package(tensor: torch.Tensor) -> str:
     package = _FORCED or _BY_DEVICE.get(tensor.device.type, REFERENCE)
     return package if tensor.dtype in _KERNEL_DTYPES else REFERENCE
+
+
+def _is_native(tensor: torch.Tensor) -> bool:
+    """Whether code that takes addresses may be called: plain memory on a CPU, and nothing that watches or traces."""
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.device.type == "cpu"
+        and type(tensor) in _PLAIN
+        and tensor.dtype in _KERNEL_DTYPES
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+@functools.cache
+def _native(op: str) -> ModuleType:
+    """The functions of `op`, the library's where it has them, the reference's for the rest or without a library."""
+    reference = getattr(_reference(), op)
+    try:
+        from .kernels import cpu
+    except ImportError:
+        return reference
+    native = getattr(cpu, op, None)
+    if native is None:
+        return reference
+    merged = ModuleType(native.__name__)
+    merged.__dict__.update(_functions(reference) | _functions(native))
+    return merged
+
+
+def _functions(module: ModuleType) -> dict:
+    return {name: f for name, f in vars(module).items() if callable(f) and not name.startswith("_")}

@@ -120,5 +120,5 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> torch.Ten
     dtype = dtype or weight.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
-    probe = torch.empty(0, dtype=dtype, device=weight.device)
+    probe = weight.packed.new_empty(0, dtype=dtype)  # of its class too: a DTensor's bytes have no address here
     return implementation("nf4", probe).nf4_dequantize(weight, dtype).view(weight.shape)

@@ -63,18 +63,25 @@ def test_imports_point_one_way(path):
             assert top[0] in ("torch", "peft_ops", "collections", "math"), f"reference imports {name}"
 
 
-# Tables are files (json, os, pathlib), what is wrong with one is said (logging), and measuring takes clocks and a lock.
-KERNELS_MAY_IMPORT = {
-    "torch", "triton", "collections", "contextlib", "functools", "itertools", "math", "types", "typing",
-    "json", "os", "pathlib", "logging", "time", "datetime", "statistics", "threading",
-}  # fmt: skip
+def kernel_id(path):
+    return str(path.relative_to(ROOT / "kernels"))
 
 
-@pytest.mark.parametrize("path", sources("kernels"), ids=lambda p: p.name)
+# Tables are files (json, os, pathlib), what is wrong with one is said (logging), and measuring takes clocks and a lock;
+# native code is found as a file and called through ctypes.
+ANY = {"torch", "collections", "contextlib", "functools", "itertools", "math", "types", "typing"}
+MAY_IMPORT = {
+    "kernels": ANY | {"triton", "json", "os", "pathlib", "logging", "time", "datetime", "statistics", "threading"},
+    "cpu": ANY | {"ctypes", "hashlib", "importlib", "os", "pathlib", "threading", "warnings"},
+}
+
+
+@pytest.mark.parametrize("path", sources("kernels"), ids=kernel_id)
 def test_kernels_import_torch_triton_and_siblings(path):
-    for name in imported(path, "peft_ops.kernels"):
-        allowed = name.split(".")[0] in KERNELS_MAY_IMPORT
-        assert allowed or name.startswith("peft_ops.kernels"), name
+    """Code for a CPU works without triton, so it imports none."""
+    package = ".".join(("peft_ops", *path.parent.relative_to(ROOT).parts))
+    for name in imported(path, package):
+        assert name.split(".")[0] in MAY_IMPORT[path.parent.name] or name.startswith("peft_ops.kernels"), name
 
 
 def public_functions(path):
@@ -93,10 +100,12 @@ SHARED = {
     "candidates.py",
     "configs.py",
     "launch.py",
+    "launchers.py",
     "linear_few_rows.py",
     "linear_tma.py",
     "logits.py",
     "measured.py",
+    "native.py",
     "nf4_tables.py",
     "prefix_configs.py",
     "problems.py",
@@ -107,7 +116,7 @@ SHARED = {
 }  # no op asks for these
 
 
-@pytest.mark.parametrize("path", [p for p in sources("kernels") if p.name not in SHARED], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [p for p in sources("kernels") if p.name not in SHARED], ids=kernel_id)
 def test_kernels_mirror_the_reference(path):
     reference = public_functions(ROOT / "peft_ops" / "reference" / path.name)
     for name, arguments in public_functions(path).items():

@@ -1,0 +1,132 @@
+// LoRA's skinny products: s = drop(x) aᵀ, da = dsᵀ drop(x), and y += scaling · drop(s bᵀ), in tiles of the first cache.
+//
+// Rows of a (columns of s) form `groups` equal groups, each with a mask of its own. Sums are float32, in an order that
+// the shape alone decides.
+#pragma once
+#include "philox.h"
+#include "tiles.h"
+
+namespace {
+
+constexpr int64_t TILE_ROWS = 8, TILE_COLUMNS = 512;
+constexpr int64_t MASK_EXTRA = 4 * L;
+
+inline void prefetch(const void* p, int64_t bytes) {  // addresses outside any memory do no harm
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
+}
+
+// tile[m][k] = x[row + m][first + k], masked, in float32; zeros from `columns` to a multiple of 64. What comes `ahead`
+// elements later in x is fetched meanwhile.
+template <class D>
+void load_tile(float* tile, int64_t ld, const typename D::T* x, int64_t ldx, int64_t row, int64_t rows, int64_t first,
+               int64_t columns, int64_t ahead, const Dropout& dropout, int64_t group) {
+  alignas(64) uint16_t mask[TILE_COLUMNS + MASK_EXTRA];
+  for (int64_t m = 0; m < rows; m++) {
+    const typename D::T* from = x + (row + m) * ldx + first;
+    float* to = tile + m * ld;
+    int64_t k = 0;
+    prefetch(from + ahead, columns * sizeof *x);
+    if (dropout.on()) {
+      dropout.keep(mask, group, row + m, first, columns);
+      for (; k + L <= columns; k += L) store(to + k, masked(D::widen(from + k), mask + k));
+      if (k < columns) store(to + k, masked(widen_some<D>(from + k, columns - k), mask + k)), k += L;
+    } else {
+      for (; k + L <= columns; k += L) store(to + k, D::widen(from + k));
+      if (k < columns) store(to + k, widen_some<D>(from + k, columns - k)), k += L;
+    }
+    for (; k % 64; k += L) store(to + k, vf{});
+  }
+}
+
+// s[M][R] = scale · drop(x) aᵀ for a [R, lda] in float32, whose columns from K on are zero up to a multiple of 64.
+template <class D>
+void down_project(float* s, const typename D::T* x, int64_t ldx, const float* a, int64_t lda, int64_t M, int64_t K,
+                  int64_t R, int64_t groups, const Dropout& dropout, float scale, int threads) {
+  const int64_t each = R / groups, step = at_most(each, 32);
+  parallel(threads, parts_of(M, TILE_ROWS), [&](int64_t part) {
+    const int64_t row = part * TILE_ROWS, rows = at_most(TILE_ROWS, M - row);
+    alignas(64) float tile[TILE_ROWS * TILE_COLUMNS];
+    alignas(64) float parts[TILE_ROWS * 32 * L];
+    for (int64_t r = 0, ranks; r < R; r += ranks) {
+      ranks = at_most(step, each - r % each);
+      memset(parts, 0, rows * step * L * sizeof(float));
+      for (int64_t k = 0; k < K; k += TILE_COLUMNS) {
+        const int64_t columns = at_most(TILE_COLUMNS, K - k);
+        load_tile<D>(tile, TILE_COLUMNS, x, ldx, row, rows, k, columns, TILE_COLUMNS, dropout, r / each);
+        dot_tile<ProductF32>(parts, step * L, tile, TILE_COLUMNS, rows, a + r * lda + k, lda, ranks,
+                             parts_of(columns, 64) * 64);
+      }
+      float total[TILE_ROWS * 32];
+      sums(total, parts, rows * step);
+      for (int64_t m = 0; m < rows; m++)
+        for (int64_t i = 0; i < ranks; i++) s[(row + m) * R + r + i] = scale * total[m * step + i];
+    }
+  });
+}
+
+constexpr int64_t DA_TILE = 4096;  // elements
+
+inline int64_t panel_width(int64_t K) { return K >= 2048 ? 256 : K >= 512 ? 128 : 64; }
+
+// da[R][K] = scale · dsᵀ drop(x) for ds [M, R] in float32.
+template <class D>
+void down_project_da(float* da, const float* ds, const typename D::T* x, int64_t ldx, int64_t M, int64_t K, int64_t R,
+                     int64_t groups, const Dropout& dropout, float scale, int threads) {
+  const int64_t each = R / groups, width = panel_width(K), depth = DA_TILE / width;
+  parallel(threads, parts_of(K, width), [&](int64_t part) {
+    const int64_t first = part * width, columns = at_most(width, K - first), whole = parts_of(columns, 64) * 64;
+    alignas(64) float tile[DA_TILE];
+    Scratch<float> sums(R * width);
+    memset(sums, 0, R * width * sizeof(float));
+    for (int64_t row = 0; row < M; row += depth) {
+      const int64_t rows = at_most(depth, M - row);
+      for (int64_t group = 0; group < groups; group++) {
+        if (group == 0 || dropout.on())
+          load_tile<D>(tile, width, x, ldx, row, rows, first, columns, depth * ldx, dropout, group);
+        const int64_t r = group * each;
+        axpy_tile<false>(sums + r * width, width, each, ds + row * R + r, 1, R, tile, width, whole, rows);
+      }
+    }
+    for (int64_t r = 0; r < R; r++)
+      for (int64_t k = 0; k < columns; k++) da[r * K + first + k] = scale * sums[r * width + k];
+  });
+}
+
+// y[M][N] += scale · Σ over groups of drop(s bt), for bt [R, ldb] in float32, zero from N on to a multiple of 64.
+template <class D>
+void low_rank_update(typename D::T* y, int64_t ldy, const float* s, const float* bt, int64_t ldb, int64_t M, int64_t N,
+                     int64_t R, int64_t groups, const Dropout& dropout, float scale, int threads) {
+  constexpr int64_t WIDTH = 256;
+  const int64_t each = R / groups;
+  parallel(threads, parts_of(M, TILE_ROWS), [&](int64_t part) {
+    const int64_t row = part * TILE_ROWS, rows = at_most(TILE_ROWS, M - row);
+    alignas(64) float total[TILE_ROWS * WIDTH], terms[TILE_ROWS * WIDTH];
+    alignas(64) uint16_t mask[WIDTH + MASK_EXTRA];
+    for (int64_t first = 0; first < N; first += WIDTH) {
+      const int64_t columns = at_most(WIDTH, N - first), whole = parts_of(columns, 64) * 64;
+      for (int64_t m = 0; m < rows; m++) prefetch(y + (row + m) * ldy + first + WIDTH, WIDTH * sizeof(typename D::T));
+      for (int64_t group = 0; group < groups; group++) {
+        const int64_t r = group * each;
+        float* out = group ? terms : total;
+        axpy_tile<true>(out, WIDTH, rows, s + row * R + r, R, 1, bt + r * ldb + first, ldb, whole, each);
+        for (int64_t m = 0; dropout.on() && m < rows; m++) {
+          dropout.keep(mask, group, row + m, first, columns);
+          for (int64_t k = m * WIDTH; k < m * WIDTH + whole; k += L) {
+            const vf term = masked(load<vf>(out + k), mask + (k - m * WIDTH));
+            store(total + k, group ? load<vf>(total + k) + term : term);
+          }
+        }
+      }
+      for (int64_t m = 0; m < rows; m++) {
+        typename D::T* to = y + (row + m) * ldy + first;
+        const float* sum = total + m * WIDTH;
+        int64_t k = 0;
+        for (; k + L <= columns; k += L) D::narrow(to + k, fma(splat(scale), load<vf>(sum + k), D::widen(to + k)));
+        if (k < columns)
+          narrow_some<D>(to + k, fma(splat(scale), load<vf>(sum + k), widen_some<D>(to + k, columns - k)), columns - k);
+      }
+    }
+  });
+}
+
+}  // namespace

@@ -1,0 +1,141 @@
+"""The native library: found, loaded and declared once; functions are called through ctypes with addresses and sizes.
+
+`PEFT_OPS_CPU_ISA` (one of `ISAS`) forces an instruction set; otherwise the best one that the machine runs is taken.
+"""
+
+import ctypes
+import hashlib
+import os
+import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch  # loads its OpenMP runtime first, which the library then shares
+
+from ..nf4_tables import nf4_tables
+
+ISAS = ("avx512bf16", "avx512", "avx2", "portable")  # best first
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_WEIGHT = (_P, _P, _P, _P, _P, _P, _N)  # packed, absmax, codes, nested, offset, map, blocksize
+_DROPOUT = (_I, _P, _N, _F)  # threshold, seeds, groups, scale
+_ARGUMENTS = {
+    "widen": (_P, _N, _P, _I, _N, _N, _N, _N),
+    "down_project": (_P, _P, _I, _N, _P, _N, _N, _N, _N, *_DROPOUT, _I),
+    "down_project_da": (_P, _P, _P, _I, _N, _N, _N, _N, *_DROPOUT, _I),
+    "low_rank_update": (_P, _I, _N, _P, _P, _N, _N, _N, _N, *_DROPOUT, _I),
+    "nf4_dequantize": (_P, _I, *_WEIGHT, _N, _N, _I),
+    "nf4_columns": (_P, _I, *_WEIGHT, _N, _N, _N, _N, _I),
+    "nf4_quantize": (_P, _P, _P, _I, _N, _N, _I),
+    "absmax_quantize": (_P, _P, _P, _N, _P, _P, _I),
+    "nf4_linear": (_P, _P, _I, _N, *_WEIGHT, _P, _N, _N, _N, _I),
+    "nf4_linear_dx": (_P, _P, _I, _N, *_WEIGHT, _N, _N, _N, _I),
+}
+
+
+def _load() -> ctypes.CDLL:
+    """
+    Raises:
+        ImportError: not built, for another machine, or built from other sources than those beside it.
+    """
+    here = Path(__file__).parent
+    forced = os.environ.get("PEFT_OPS_CPU_LIBRARY")  # built apart, with a sanitizer
+    paths = [Path(forced)] if forced else [here / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
+    path = next(filter(Path.exists, paths), None)
+    if path is None:
+        raise ImportError("peft_ops was installed without its native CPU library: no C++ compiler was found")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(f"{path} does not load: {error}") from error
+    library.peft_ops_sources.restype = ctypes.c_char_p
+    sources = sorted(p for p in here.iterdir() if p.suffix in (".cpp", ".h", ".inc"))
+    if sources and library.peft_ops_sources().decode() != _digest(sources):
+        message = f"{path} was built from other sources: install peft_ops again. Until then ops run in plain PyTorch."
+        warnings.warn(message, stacklevel=2)
+        raise ImportError(message)
+    return library
+
+
+def _digest(sources: list[Path]) -> str:
+    """As in setup.py."""
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+
+
+def runs() -> list[str]:
+    """The instruction sets that this machine runs, best first."""
+    return [isa for isa in ISAS if _library.peft_ops_runs(isa.encode())]
+
+
+def use(isa: str) -> None:
+    """Take the functions of an instruction set from now on."""
+    global ISA
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(_library, f"peft_ops_{name}_{isa}")
+        function.argtypes, function.restype = arguments, None
+        setattr(lib, name, function)
+    ISA = isa
+
+
+def _chosen(forced: str | None) -> str:
+    """
+    Raises:
+        ValueError: PEFT_OPS_CPU_ISA is unknown, or this machine does not run it.
+    """
+    if forced and forced not in ISAS:
+        raise ValueError(f"PEFT_OPS_CPU_ISA must be one of {', '.join(ISAS)}, got {forced}")
+    if forced and forced not in runs():
+        raise ValueError(f"PEFT_OPS_CPU_ISA={forced}, but this machine runs {', '.join(runs())}")
+    return forced or runs()[0]
+
+
+_library = _load()
+ISA: str
+lib = SimpleNamespace()  # the library's functions
+use(_chosen(os.environ.get("PEFT_OPS_CPU_ISA")))
+
+_TABLES = nf4_tables(torch.device("cpu"))
+MIDPOINTS = _TABLES.map_thresholds.data_ptr()
+_MAP = _TABLES.map.data_ptr()
+SERIAL = 1 << 15  # elements of work below which a second thread costs more than it saves
+
+
+def threads(work: int) -> int:
+    """How many threads `work` elements are worth; torch's number at most."""
+    return torch.get_num_threads() if work >= SERIAL else 1
+
+
+def address(t: torch.Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def weight_arguments(weight) -> tuple[tuple, list[torch.Tensor | None]]:
+    """(the seven arguments of an NF4Weight, the tensors that they point into, to be held until the call is over)."""
+    tensors = [weight.packed, weight.absmax, weight.absmax_codes, weight.nested_absmax, weight.nested_offset]
+    tensors = [None if t is None else t.contiguous() for t in tensors]
+    return (*map(address, tensors), _MAP, weight.blocksize), tensors
+
+
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """t [M, K] with neighbours in a row side by side in memory: itself where it is so."""
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def operand(t: torch.Tensor) -> torch.Tensor:
+    """t [R, K] in float32, rows from which 64 elements at a time can be read: zeros behind the last."""
+    R, K = t.shape
+    if t.dtype == torch.float32 and K % 64 == 0 and t.stride(1) == 1:
+        return t
+    wide = torch.empty(R, -(-K // 64) * 64, dtype=torch.float32)
+    t = t if t.dtype in DTYPES else t.float()
+    lib.widen(wide.data_ptr(), wide.stride(0), t.data_ptr(), DTYPES[t.dtype], *t.stride(), R, K)
+    return wide
+
+
+def dropout_arguments(p: float, seed: torch.Tensor | None, scaling: float = 1.0) -> tuple[int, int | None, int, float]:
+    """(threshold, seeds, groups, scale) for 0 <= p < 1; no mask at p = 0."""
+    if p == 0.0 or seed is None:
+        return -1, None, 1, scaling
+    return min(round(p * 2**16), 2**16 - 1), seed.data_ptr(), seed.numel(), scaling / (1.0 - p)

@@ -1,0 +1,19 @@
+"""The launchers of every op: what the door asks for by name."""
+
+import os
+
+from . import bottleneck_adapter as bottleneck_adapter
+from . import dora as dora
+from . import down_project as down_project
+from . import gated as gated
+from . import linear_logprob as linear_logprob
+from . import linear_low_rank as linear_low_rank
+from . import low_rank as low_rank
+from . import nf4 as nf4
+from . import nf4_linear as nf4_linear
+from . import prefix_attention as prefix_attention
+
+if os.environ.get("PEFT_OPS_AUTOTUNE") == "1":
+    from . import autotune
+
+    autotune.enable()
