@@ -265,7 +265,7 @@ def test_a_layer_is_copied_without_its_group():
     alone = copy.deepcopy(layer)
     assert alone._group is None
     x = torch.randn(3, 32)
-    assert torch.equal(alone(x), layer(x))
+    torch.testing.assert_close(alone(x), layer(x))  # the group's sums are of another width
     assert len(pickle.dumps(alone)) < 4 * sum(p.nbytes for p in alone.parameters())
 
 

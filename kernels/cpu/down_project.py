@@ -13,7 +13,7 @@ def down_project(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor 
     s, x, a = torch.empty(M, R, dtype=torch.float32), native.rows(x), native.operand(a)
     native.lib.down_project(
         s.data_ptr(), x.data_ptr(), native.DTYPES[x.dtype], x.stride(0), a.data_ptr(), a.stride(0), M, K, R,
-        *native.dropout_arguments(p, seed), native.threads(M * K),
+        *native.dropout_arguments(p, seed, R), native.threads(M * K),
     )  # fmt: skip
     return s
 
@@ -33,6 +33,6 @@ def _product_sum(
     da, ds, x = torch.empty(R, K, dtype=torch.float32), ds.float().contiguous(), native.rows(x)
     native.lib.down_project_da(
         da.data_ptr(), ds.data_ptr(), x.data_ptr(), native.DTYPES[x.dtype], x.stride(0), M, K, R,
-        *native.dropout_arguments(p, seed, scaling), native.threads(M * K),
+        *native.dropout_arguments(p, seed, R, scaling), native.threads(M * K),
     )  # fmt: skip
     return da

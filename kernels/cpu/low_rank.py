@@ -18,7 +18,7 @@ def low_rank_update_(
     s, bt = s.float().contiguous(), native.operand(b.t())
     native.lib.low_rank_update(
         y.data_ptr(), native.DTYPES[y.dtype], y.stride(0), s.data_ptr(), bt.data_ptr(), bt.stride(0), M, N, R,
-        *native.dropout_arguments(p, seed, scaling), native.threads(M * N),
+        *native.dropout_arguments(p, seed, R, scaling), native.threads(M * N),
     )  # fmt: skip
     return y
 
@@ -32,6 +32,6 @@ def low_rank_gradients(
     ds = torch.empty(M, R, dtype=torch.float32)
     native.lib.down_project(
         ds.data_ptr(), dy.data_ptr(), native.DTYPES[dy.dtype], dy.stride(0), bt.data_ptr(), bt.stride(0), M, N, R,
-        *native.dropout_arguments(0.0, None, scaling), native.threads(M * N),
+        *native.dropout_arguments(0.0, None, R, scaling), native.threads(M * N),
     )  # fmt: skip
     return ds, None if s is None else _product_sum(s, dy, 0.0, None, scaling).t()

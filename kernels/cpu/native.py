@@ -134,8 +134,16 @@ def operand(t: torch.Tensor) -> torch.Tensor:
     return wide
 
 
-def dropout_arguments(p: float, seed: torch.Tensor | None, scaling: float = 1.0) -> tuple[int, int | None, int, float]:
-    """(threshold, seeds, groups, scale) for 0 <= p < 1; no mask at p = 0."""
+def dropout_arguments(
+    p: float, seed: torch.Tensor | None, R: int, scaling: float = 1.0
+) -> tuple[int, int | None, int, float]:
+    """(threshold, seeds, groups, scale) for 0 <= p < 1; no mask at p = 0. Seeds [G] mean G equal groups of R columns.
+
+    Raises:
+        ValueError: R is no multiple of G.
+    """
     if p == 0.0 or seed is None:
         return -1, None, 1, scaling
+    if R % seed.numel():
+        raise ValueError(f"{seed.numel()} seeds need a multiple of {seed.numel()} rows of a, got {R}")
     return min(round(p * 2**16), 2**16 - 1), seed.data_ptr(), seed.numel(), scaling / (1.0 - p)
