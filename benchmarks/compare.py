@@ -9,6 +9,7 @@ them has are counted, not compared. `pytest benchmarks --compare REF` is the sam
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -70,11 +71,16 @@ def measured(tree: Path, options: list[str], results: Path) -> dict[str, float]:
     pytest = ["pytest", "-p", "no:cacheprovider", "-q", "benchmarks", "--continue-on-collection-errors"]
     saving = [f"--benchmark-json={results}", "--benchmark-quiet"]
     command = [sys.executable, "-m", "benchmarks.tree", *pytest, *saving, *options]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tree, env=alone(), capture_output=True, text=True, check=False)
     if not results.exists():
         sys.exit(f"nothing was measured in {tree}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     cases = json.loads(results.read_text())["benchmarks"]
     return {case["fullname"].rpartition("benchmarks/")[2]: case["stats"]["median"] for case in cases}
+
+
+def alone() -> dict[str, str]:
+    """The environment without what pytest-xdist leaves in it, which would turn measuring off."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
 def table(before: Medians, after: Medians, ref: str) -> list[str]:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,6 +186,37 @@ def test_linear_is_that_of_the_reference(isa, N, K, dtype, double_quant):
             F.linear(x.double(), w.double(), bias.to(dtype).double()),
         )  # fmt: skip
         assert_as_accurate(f"dx, M={M}", nf4_linear.nf4_linear_dx(dy, weight), dy @ w, dy.double() @ w.double())
+
+
+@built
+@pytest.mark.parametrize("R", [1, 4, 16])
+def test_a_row_does_not_depend_on_the_others(isa, R):
+    x, a, y, b = torch.randn(11, 130), torch.randn(R, 130), torch.randn(11, 50), torch.randn(50, R)
+    s = down_project.down_project(x, a, 0.0, None)
+    updated = low_rank.low_rank_update_(y.clone(), s, b, 1.0, 0.0, None)
+    for i in range(11):
+        alone = down_project.down_project(x[i:], a, 0.0, None)
+        assert torch.equal(alone, s[i:])
+        assert torch.equal(low_rank.low_rank_update_(y[i:].clone(), alone, b, 1.0, 0.0, None), updated[i:])
+
+
+@built
+@pytest.mark.parametrize("name", ["packed", "absmax"])
+def test_a_weight_with_too_few_bytes_is_refused(name):
+    weight = nf4.quantize(torch.randn(640))
+    with pytest.raises(ValueError, match="an NF4 weight of this shape needs"):
+        nf4.dequantize(replace(weight, **{name: getattr(weight, name)[:-1]}))
+
+
+@built
+def test_seeds_and_scales_of_other_types(isa):
+    """An int32 seed is the same seed; scales in another dtype are read as float32."""
+    x, a = torch.randn(3, 64), torch.randn(2, 64)
+    one, other = (down_project.down_project(x, a, 0.5, torch.tensor(7, dtype=t)) for t in (torch.int32, torch.int64))
+    assert torch.equal(one, other)
+    weight = nf4.quantize(torch.randn(640))
+    wide = replace(weight, absmax=weight.absmax.double())
+    assert torch.equal(nf4.dequantize(wide), nf4.dequantize(weight))
 
 
 @built

@@ -77,7 +77,7 @@ def test_an_unknown_gpu_uses_the_nearest_table_and_says_so_once(folder, caplog):
     save(folder, "sm_90", [entry(BLOCK_M=32)])
     with caplog.at_level(logging.DEBUG, "peft_ops"):
         assert [block_m(arch="sm_103") for _ in range(3)] == [32] * 3
-        assert block_m(arch="gfx942") == DESIGN["BLOCK_M"]
+        assert block_m(arch="gfx942") == configs.launch("down_project", "gfx942", BF16)["BLOCK_M"]
     said = [record.message for record in caplog.records if "sm_103" in record.message]
     assert len(said) == 1
     assert "sm_90.json" in said[0]
@@ -252,7 +252,7 @@ def test_lookups_trace_with_rows_that_change(folder):
 
 def test_nothing_is_measured_unless_asked():
     code = (
-        "import sys; from peft_ops.kernels import measured\n"
+        "import sys; from peft_ops.kernels import launchers, measured\n"
         "print(measured.at_first_use is not None, 'peft_ops.kernels.autotune' in sys.modules)"
     )
     for given, expected in ((None, "False False"), ("0", "False False"), ("1", "True True")):

@@ -10,7 +10,7 @@ def down_project(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor 
     (M, K), R = x.shape, a.shape[0]
     if p >= 1.0:
         return torch.zeros(M, R)
-    s, x, a = torch.empty(M, R, dtype=torch.float32), native.rows(x), native.operand(a)
+    s, x, a, seed = torch.empty(M, R, dtype=torch.float32), native.rows(x), native.operand(a), native.seeds(seed)
     native.lib.down_project(
         s.data_ptr(), x.data_ptr(), native.DTYPES[x.dtype], x.stride(0), a.data_ptr(), a.stride(0), M, K, R,
         *native.dropout_arguments(p, seed, R), native.threads(M * K),
@@ -30,7 +30,8 @@ def _product_sum(
     (M, K), R = x.shape, ds.shape[1]
     if p >= 1.0:
         return torch.zeros(R, K)
-    da, ds, x = torch.empty(R, K, dtype=torch.float32), ds.float().contiguous(), native.rows(x)
+    da, ds = torch.empty(R, K, dtype=torch.float32), ds.float().contiguous()
+    x, seed = native.rows(x), native.seeds(seed)
     native.lib.down_project_da(
         da.data_ptr(), ds.data_ptr(), x.data_ptr(), native.DTYPES[x.dtype], x.stride(0), M, K, R,
         *native.dropout_arguments(p, seed, R, scaling), native.threads(M * K),

@@ -15,7 +15,7 @@ def low_rank_update_(
         return y
     if y.stride(1) != 1:
         return y.copy_(low_rank_update_(y.contiguous(), s, b, scaling, p, seed))
-    s, bt = s.float().contiguous(), native.operand(b.t())
+    s, bt, seed = s.float().contiguous(), native.operand(b.t()), native.seeds(seed)
     native.lib.low_rank_update(
         y.data_ptr(), native.DTYPES[y.dtype], y.stride(0), s.data_ptr(), bt.data_ptr(), bt.stride(0), M, N, R,
         *native.dropout_arguments(p, seed, R, scaling), native.threads(M * N),

@@ -112,10 +112,32 @@ def address(t: torch.Tensor | None) -> int | None:
 
 
 def weight_arguments(weight) -> tuple[tuple, list[torch.Tensor | None]]:
-    """(the seven arguments of an NF4Weight, the tensors that they point into, to be held until the call is over)."""
-    tensors = [weight.packed, weight.absmax, weight.absmax_codes, weight.nested_absmax, weight.nested_offset]
-    tensors = [None if t is None else t.contiguous() for t in tensors]
+    """(the seven arguments of an NF4Weight, the tensors that they point into, to be held until the call is over).
+
+    Raises:
+        ValueError: fewer bytes or scales than the shape needs, or a tensor on another device.
+    """
+    n = weight.shape.numel()
+    blocks = -(-n // weight.blocksize)
+    tensors = [
+        _held(weight.packed, torch.uint8, (n + 1) // 2),
+        _held(weight.absmax, torch.float32, blocks),
+        _held(weight.absmax_codes, torch.uint8, blocks),
+        _held(weight.nested_absmax, torch.float32, -(-blocks // 256)),
+        _held(weight.nested_offset, torch.float32, 1),
+    ]
     return (*map(address, tensors), _MAP, weight.blocksize), tensors
+
+
+def _held(t: torch.Tensor | None, dtype: torch.dtype, n: int) -> torch.Tensor | None:
+    """t as memory that holds n elements of dtype."""
+    if t is None:
+        return None
+    if t.numel() < n or not t.is_cpu:
+        raise ValueError(
+            f"an NF4 weight of this shape needs {n} elements on a CPU where it has {t.numel()} on {t.device}"
+        )
+    return (t if t.dtype == dtype else t.to(dtype)).contiguous()
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:
@@ -132,6 +154,11 @@ def operand(t: torch.Tensor) -> torch.Tensor:
     t = t if t.dtype in DTYPES else t.float()
     lib.widen(wide.data_ptr(), wide.stride(0), t.data_ptr(), DTYPES[t.dtype], *t.stride(), R, K)
     return wide
+
+
+def seeds(seed: torch.Tensor | None) -> torch.Tensor | None:
+    """A seed, or one for each group, as int64 in memory."""
+    return None if seed is None else seed.to("cpu", torch.int64).contiguous()
 
 
 def dropout_arguments(

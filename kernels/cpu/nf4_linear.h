@@ -14,7 +14,9 @@ template <class D> void narrow_row(typename D::T* y, const float* x, const typen
   }
 }
 
-inline bool few(const Weight& w, int64_t M, int64_t K) { return M <= MAX_FEW && K % w.blocksize == 0; }
+inline bool few(const Weight& w, int64_t M, int64_t K) {
+  return M <= MAX_FEW && K % w.blocksize == 0 && w.blocksize % (2 * L) == 0;
+}
 
 template <class D>
 void linear(typename D::T* y, const typename D::T* x, int64_t ldx, const Weight& w, const typename D::T* bias,

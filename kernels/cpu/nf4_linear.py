@@ -89,7 +89,7 @@ def _decoded_columns(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.
 
 
 def _workspace(n: int, dtype: torch.dtype) -> torch.Tensor:
-    """n elements, uninitialised: this thread's, and the next call's too."""
+    """n elements, uninitialised: this thread's, and the next call's too, so one at a time is in use."""
     nbytes = n * dtype.itemsize
     memory = getattr(_local, "memory", None)
     if memory is None or memory.numel() < nbytes:

@@ -53,13 +53,19 @@ inline vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-inline float sum(vf v) {
+inline float sum(vf v) {  // in the order of `sums`, so that no result depends on its neighbours
 #if defined(ISA_AVX512)
-  return _mm512_reduce_add_ps((__m512)v);
+  __m512 t = (__m512)v;
+  t = _mm512_add_ps(t, _mm512_shuffle_ps(t, t, 0x4e));
+  t = _mm512_add_ps(t, _mm512_shuffle_ps(t, t, 0xb1));
+  t = _mm512_add_ps(t, _mm512_shuffle_f32x4(t, t, 0xb1));
+  return _mm512_cvtss_f32(_mm512_add_ps(t, _mm512_shuffle_f32x4(t, t, 0x4e)));
+#elif defined(ISA_AVX2)
+  __m256 t = _mm256_hadd_ps((__m256)v, (__m256)v);
+  t = _mm256_hadd_ps(t, t);
+  return _mm_cvtss_f32(_mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
 #else
-  float t = 0;
-  for (int i = 0; i < L / 2; i++) t += v[i] + v[i + L / 2];
-  return t;
+  return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
 }
 
