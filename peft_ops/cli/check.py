@@ -119,6 +119,11 @@ def _errors(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
         yield f"dora_norm, {name}", "norm", *_against(ops.dora_norm(weight, a, b, _SCALING), plain, truth)
         scaled = inputs | {"magnitude": magnitude}
         yield from _compare(f"dora_linear, {name}, p={_P:g}", _dora_linear, weight, scaled, dy)
+        twice = inputs | {"a2": randn(R, K, scale=K**-0.5)}
+        both = randn(M, 2 * N).to(dtype)
+        yield from _compare(f"lora_projections, {name}, p={_P:g}", _lora_projections, weight, twice, both)
+        mlp = twice | {"down": randn(N, N, scale=N**-0.5).to(dtype)}
+        yield from _compare(f"gated_mlp, {name}, p={_P:g}", _gated_mlp, weight, mlp, dy)
     targets = torch.arange(M, device=device) * 7 % N
     for name, weight in weights.items():
         for adapter in ({}, {"a": inputs["a"], "b": inputs["b"]}):
@@ -138,6 +143,21 @@ def _nf4_linear(package, weight, x, bias):
 
 def _lora_linear(p, package, weight, x, bias, a, b):
     return package.lora_linear(x, weight, bias, a, b, _SCALING, p, torch.tensor(_SEED, device=x.device))
+
+
+def _lora_projections(package, weight, x, bias, a, b, a2):
+    """[M, 2 N]: two layers over one weight."""
+    seeds = torch.arange(_SEED, _SEED + 2, device=x.device)
+    return torch.cat(package.lora_projections(x, _two(weight, bias, a, b, a2), seeds), 1)
+
+
+def _gated_mlp(package, weight, x, bias, a, b, a2, down):
+    seeds = torch.arange(_SEED, _SEED + 3, device=x.device)
+    return package.gated_mlp(x, *_two(weight, bias, a, b, a2), ops.Projection(down), "silu", seeds)
+
+
+def _two(weight, bias, a, b, a2):
+    return ops.Projection(weight, bias, a, b, _SCALING, _P), ops.Projection(weight, None, a2, b, _SCALING, _P)
 
 
 def _dora_linear(package, weight, x, bias, a, b, magnitude):

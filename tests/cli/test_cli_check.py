@@ -24,9 +24,10 @@ def test_check_passes_and_writes(few_shapes, tmp_path, device, capsys):
 
 OPS = [
     ("nf4", "nf4_quantize"), ("nf4", "absmax_quantize"), ("nf4", "nf4_dequantize"), ("nf4_linear", "nf4_linear"),
-    ("nf4_linear", "nf4_linear_dx"), ("down_project", "down_project_da"),
+    ("nf4_linear", "nf4_linear_dx"), ("down_project", "down_project"), ("down_project", "down_project_da"),
     ("linear_low_rank", "lora_linear"), ("linear_low_rank", "linear_low_rank_dx"),
     ("low_rank", "low_rank_gradients"), ("low_rank", "low_rank_update_"),
+    ("gated", "gated"), ("gated", "gated_gradients"), ("linear_low_rank", "linear_low_rank"),
     ("dora", "dora_norm"), ("dora", "dora_linear"), ("dora", "dora_gradients"),
     ("bottleneck_adapter", "up_project"), ("bottleneck_adapter", "up_project_gradients"),
     ("low_rank", "low_rank_gradients"), ("prefix_attention", "prefix_merge_"), ("prefix_attention", "prefix_gradients"),
