@@ -7,7 +7,11 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 KERNEL_TESTS := tests/test_nf4.py tests/test_nf4_linear.py tests/test_lora_linear.py tests/test_prefix_attention.py \
 	tests/test_dora_linear.py tests/test_lora_embedding.py tests/test_bottleneck_adapter.py \
-	tests/test_linear_logprob.py tests/test_lora_projections.py tests/test_gated_mlp.py tests/interpret
+	tests/test_linear_logprob.py tests/interpret \
+	$(addprefix tests/test_lora_projections.py::test_,forward_and_gradients more_blocks_than_one \
+	groups_of_columns_have_masks_of_their_own strided_x_and_output_gradients no_rows) \
+	$(addprefix tests/test_gated_mlp.py::test_,gated_and_its_gradients gated_takes_any_strides_and_keeps_infinities_and_nan \
+	forward_and_gradients more_blocks_than_one no_rows)
 NATIVE_TESTS := tests/test_nf4.py tests/test_nf4_linear.py tests/test_lora_linear.py tests/test_dora_linear.py \
 	tests/test_lora_projections.py
 NATIVE_SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.inc)
