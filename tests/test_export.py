@@ -74,6 +74,24 @@ def test_a_layer_is_exported_with_rows_of_any_number(base):
 
 
 @pytest.mark.unpoisoned
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_a_fused_block_keeps_its_layers(base):
+    from peft_ops import nn
+
+    block = torch.nn.Module()
+    for name, (n, k) in {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}.items():
+        linear = torch.nn.Linear(k, n)
+        layer = nn.LoRALinear.from_linear(nn.NF4Linear.from_linear(linear) if base == "nf4" else linear, r=4)
+        torch.nn.init.normal_(layer.lora_B)
+        block.add_module(name, layer)
+    block.act_fn = torch.nn.SiLU()
+    mlp = nn.GatedMLP.from_block(block).eval()
+    program = torch.export.export(mlp, (x,), strict=False)
+    assert operators(program) == ["peft_ops.lora_linear.default"] * 3
+    torch.testing.assert_close(program.module()(x), mlp(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.unpoisoned
 @pytest.mark.parametrize("weight", [PLAIN, NESTED, w], ids=["nf4", "nested", "dense"])
 def test_registered_ops_keep_torchs_rules(weight):
     from peft_ops.ops._exported import stored_weight

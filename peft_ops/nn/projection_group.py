@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..ops import lora_projections
 from ..ops._arguments import functorch_active
+from ..ops.lora_projections import lora_projections
 
 if TYPE_CHECKING:
     from .lora_linear import LoRALinear

@@ -26,6 +26,7 @@ from ._grouped import (
     tensors_of,
 )
 from .bottleneck_adapter import known_activation
+from .lora_projections import lora_projections
 from .projection import Projection, check_projection
 
 OP = "gated"
@@ -124,6 +125,11 @@ def gated_mlp(
     gate, up, down = projections = [Projection(*q) for q in (gate, up, down)]
     check_gated(x, gate, up, down)
     activation, flat = known_activation(activation), x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if torch.compiler.is_exporting():  # its layers are nodes of their own, and nothing is kept for a backward
+        wide = torch.promote_types(x.dtype, torch.float32)
+        g, u = lora_projections(x, (gate, up), None if seeds is None else seeds[:2])
+        h = (activate(g.to(wide), activation) * u.to(wide)).to(x.dtype)
+        return lora_projections(h, (down,), None if seeds is None else seeds[2:])[0]
     drawn = mask_seeds(projections, seeds, x.device)
     if functorch_active():
         y = formulas.gated_mlp(flat, gate, up, down, activation, seeds_of_each(projections, drawn))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..nf4 import NF4Weight
 from ..reference import formulas
 from ._arguments import autocast_input, functorch_active, without_autocast
 from ._grouped import (
@@ -21,6 +22,8 @@ from ._grouped import (
     seeds_of_each,
     tensors_of,
 )
+from .lora_linear import lora_linear
+from .nf4_linear import nf4_linear
 from .projection import Projection, check_projection
 
 
@@ -87,6 +90,8 @@ def lora_projections(
         check_projection(f"projections[{i}]", x, projection)
     if not projections:
         return ()
+    if torch.compiler.is_exporting():
+        return tuple(_alone(x, q, None if seeds is None else seeds[i]) for i, q in enumerate(projections))
     plan, flat = plan_of(projections), x.reshape(x.shape[:-1].numel(), x.shape[-1])
     drawn = mask_seeds(projections, seeds, x.device)
     if functorch_active():
@@ -94,3 +99,12 @@ def lora_projections(
     else:
         ys = _LoRAProjections.apply(flat, plan, *batch_seeds(plan, projections, drawn), *tensors_of(projections))
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def _alone(x: torch.Tensor, q: Projection, seed: int | torch.Tensor | None) -> torch.Tensor:
+    """One of them, as an op that torch.export keeps."""
+    if q.lora_a is not None and q.lora_b is not None:
+        return lora_linear(x, q.weight, q.bias, q.lora_a, q.lora_b, q.scaling, q.dropout_p, seed)
+    if isinstance(q.weight, NF4Weight):
+        return nf4_linear(x, q.weight, q.bias)
+    return torch.nn.functional.linear(x, q.weight, q.bias)

@@ -15,6 +15,12 @@ def pytest_addoption(parser):
     parser.addoption("--costs", help="write what each kernel costs into this file, a JSON object a line")
 
 
+def pytest_configure(config):
+    import resources
+
+    resources.disassemble = bool(config.getoption("--costs"))
+
+
 def pytest_terminal_summary(terminalreporter):
     """The cost of every kernel that was compiled, so that a change shows what it did."""
     from resources import MARK
