@@ -235,6 +235,7 @@ template <class F> inline void parallel(int threads, int64_t parts, F f) {
 
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+inline int64_t padded(int64_t n, int64_t to) { return parts_of(n, to) * to; }
 
 template <class T> struct Scratch {  // n elements on a cache line, until the end of the scope
   T* p;
