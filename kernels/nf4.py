@@ -205,9 +205,10 @@ def absmax_quantize(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     return codes, nested, offset
 
 
-def nf4_dequantize(weight, dtype: torch.dtype) -> torch.Tensor:
+def nf4_dequantize(weight, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """See peft_ops.reference.nf4."""
-    out = torch.empty(weight.shape.numel(), dtype=dtype, device=weight.packed.device)
+    if out is None:
+        out = torch.empty(weight.shape.numel(), dtype=dtype, device=weight.packed.device)
     return _decode_into(out, weight, 0, None)
 
 

@@ -109,16 +109,40 @@ def quantize(w: torch.Tensor, blocksize: int = 64, double_quant: bool = False) -
     )  # fmt: skip
 
 
-def dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The values of an NF4Weight: code * absmax in float32, rounded once to `dtype` (default: weight.dtype).
+def dequantize(weight: NF4Weight, dtype: torch.dtype | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The values of an NF4Weight: code * absmax in float32, rounded once to `dtype` (default: that of out, or
+    weight.dtype).
+
+    out: a contiguous tensor of weight.shape to write them into; no gradient flows. Where weights are decoded again and
+        again it saves what fresh memory costs, which on a CPU is most of the time.
 
     Raises:
-        TypeError: weight is not an NF4Weight, or dtype is not floating point.
+        TypeError: weight is not an NF4Weight, dtype is not floating point or not that of out.
+        ValueError: out has another shape or device, is not contiguous, or requires a gradient.
     """
     if not isinstance(weight, NF4Weight):
         raise TypeError(f"weight must be an NF4Weight, got {type(weight).__name__}")
-    dtype = dtype or weight.dtype
+    dtype = dtype or (weight.dtype if out is None else out.dtype)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+    if out is not None:
+        _check_out(out, weight, dtype)
     probe = weight.packed.new_empty(0, dtype=dtype)  # of its class too: a DTensor's bytes have no address here
-    return implementation("nf4", probe).nf4_dequantize(weight, dtype).view(weight.shape)
+    flat = None if out is None else out.view(-1)
+    values = implementation("nf4", probe).nf4_dequantize(weight, dtype, flat).view(weight.shape)
+    if out is None:
+        return values
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _check_out(out: torch.Tensor, weight: NF4Weight, dtype: torch.dtype) -> None:
+    if out.dtype != dtype:
+        raise TypeError(f"out must be {dtype}, got {out.dtype}")
+    if out.shape != weight.shape or out.device != weight.device:
+        raise ValueError(
+            f"out must be {tuple(weight.shape)} on {weight.device}, got {tuple(out.shape)} on {out.device}"
+        )
+    if not out.is_contiguous() or out.requires_grad:
+        raise ValueError("out must be contiguous and require no gradient")

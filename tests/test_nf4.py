@@ -156,6 +156,27 @@ def test_strides_do_not_matter_and_w_stays(device):
         assert torch.equal(view, before)
 
 
+@pytest.mark.parametrize("shape", [(5, 64), (333,), (0, 64)])
+def test_into_memory_that_is_there(device, shape):
+    weight = nf4.quantize(torch.randn(shape, device=device), 32)
+    out = torch.full(shape, 9.0, device=device, dtype=torch.bfloat16)
+    before = out._version
+    assert nf4.dequantize(weight, out=out) is out
+    assert torch.equal(out, nf4.dequantize(weight, torch.bfloat16))
+    assert out._version > before
+
+
+def test_memory_that_does_not_fit_is_named(device):
+    weight = nf4.quantize(torch.randn(8, 64, device=device))
+    for out in (torch.empty(8, 32, device=device), torch.empty(64, 8, device=device).t()):
+        with pytest.raises(ValueError, match="out must be"):
+            nf4.dequantize(weight, out=out)
+    with pytest.raises(ValueError, match="require no gradient"):
+        nf4.dequantize(weight, out=torch.empty(8, 64, device=device, requires_grad=True))
+    with pytest.raises(TypeError, match="out must be torch.float16"):
+        nf4.dequantize(weight, torch.float16, out=torch.empty(8, 64, device=device))
+
+
 def test_shapes_of_the_parts(device):
     """Rows are kept where bytes and blocks end with them, so that a shard along dim 0 is a slice of every part."""
     w = torch.randn(6, 128, device=device)

@@ -31,10 +31,10 @@ def absmax_quantize(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     return codes, nested_absmax, offset
 
 
-def nf4_dequantize(weight, dtype: torch.dtype) -> torch.Tensor:
-    """The n values, flat: level[code] · absmax in float32, rounded once to dtype."""
+def nf4_dequantize(weight, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The n values, flat: level[code] · absmax in float32, rounded once to dtype; in `out`, contiguous, if given."""
     n = weight.shape.numel()
-    out = torch.empty(n, dtype=dtype)
+    out = torch.empty(n, dtype=dtype) if out is None else out
     arguments, _held = native.weight_arguments(weight)
     native.lib.nf4_dequantize(out.data_ptr(), native.DTYPES[dtype], *arguments, 0, n, native.threads(n))
     return out

@@ -23,7 +23,7 @@ def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tens
     bias = None if bias is None else bias.to(x.dtype)
     y = torch.empty(M, N, dtype=x.dtype)
     if M > FEW:
-        for rows, w in decoded_rows(weight, x.dtype, _slab(M)):
+        for rows, w in _decoded_rows(weight, x.dtype, _slab(M)):
             if bias is None:
                 torch.mm(x, w.t(), out=y[:, rows])
             else:
@@ -67,7 +67,7 @@ def _slab(M: int) -> int:
     return _SLAB if M < MANY else _SLAB_OF_MANY
 
 
-def decoded_rows(weight, dtype: torch.dtype, slab: int = _SLAB) -> Iterator[tuple[slice, torch.Tensor]]:
+def _decoded_rows(weight, dtype: torch.dtype, slab: int) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, deq(W)[rows] in dtype), at most `slab` elements at a time, each in the memory of the ones before."""
     N, K = weight.shape
     step = min(N, max(1, slab // max(1, K)))

@@ -74,9 +74,10 @@ def _nf4_absmax(weight) -> torch.Tensor:
     return _scale(values, weight.nested_absmax, NESTED_BLOCKSIZE).add_(weight.nested_offset)
 
 
-def nf4_dequantize(weight, dtype: torch.dtype) -> torch.Tensor:
-    """The n values, flat: level[code] · absmax in float32, rounded once to dtype."""
-    return _decode(weight.packed.reshape(-1), _nf4_absmax(weight), weight.blocksize, weight.shape.numel(), dtype)
+def nf4_dequantize(weight, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The n values, flat: level[code] · absmax in float32, rounded once to dtype; in `out`, contiguous, if given."""
+    values = _decode(weight.packed.reshape(-1), _nf4_absmax(weight), weight.blocksize, weight.shape.numel(), dtype)
+    return values if out is None else out.copy_(values)
 
 
 def _decode(packed: torch.Tensor, absmax: torch.Tensor, blocksize: int, n: int, dtype: torch.dtype) -> torch.Tensor:
