@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.shapes import DEVICE, DTYPE, ON_GPU
 from benchmarks.variants import captured
-from peft_ops.cli.measure import AllocatedBytes
+from peft_ops.cli.memory import peak_of
 
 ON_CPU_S, ON_GPU_S, ROUNDS = 0.6, 0.12, (5, 50)
 LONG_S = 2.0  # a call that takes this long is measured three times, the first of which warms up
@@ -98,8 +98,7 @@ def measure_step(benchmark, layer: nn.Module, rows: int, features: int, backward
     if backward:
         owned = [x, *layer.parameters(), *layer.buffers()]
         benchmark.extra_info["saved_bytes"] = saved_bytes(lambda: layer(x), owned)
-    if ON_GPU or not hasattr(layer, "_orig_mod"):  # what counts tensors on a CPU makes a compiled layer run eagerly
-        benchmark.extra_info["peak_bytes"] = peak_bytes(step)
+    benchmark.extra_info["peak_bytes"] = peak_bytes(step)
     sample(benchmark, captured(step) if graph else step, ON_GPU)
 
 
@@ -120,12 +119,10 @@ def saved_bytes(call: Callable, exclude: Iterable[torch.Tensor]) -> int:
 
 
 def peak_bytes(call: Callable) -> int:
-    """Most memory that a call holds at once beyond what was there before it; on a CPU that of tensors, not the scratch
-    inside an operation."""
+    """Most memory that a call holds at once beyond what was there before it; on a CPU without the scratch that C++ code
+    takes for itself (`CPUMemory`)."""
     if not torch.cuda.is_available():
-        with AllocatedBytes() as allocated:
-            call()
-        return allocated.peak
+        return peak_of(call)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

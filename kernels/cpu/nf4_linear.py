@@ -62,7 +62,7 @@ def nf4_linear_dx_add_(dx: torch.Tensor, dy: torch.Tensor, weight) -> torch.Tens
 def decoded_rows(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, deq(W)[rows] in dtype), a slab at a time, each in the memory of the one before."""
     N, K = weight.shape
-    step = max(1, _SLAB // max(1, K))
+    step = max(1, min(N, _SLAB // max(1, K)))
     arguments, _held = native.weight_arguments(weight)
     w = _workspace(step * K, dtype)
     for start in range(0, N, step):
@@ -77,7 +77,7 @@ def decoded_rows(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tens
 def _decoded_columns(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
     """(columns, deq(W)[:, columns] in dtype), a slab at a time, each in the memory of the one before."""
     N, K = weight.shape
-    step = max(64, _SLAB // max(1, N))
+    step = max(1, min(K, max(64, _SLAB // max(1, N))))
     arguments, _held = native.weight_arguments(weight)
     w = _workspace(step * N, dtype)
     for start in range(0, K, step):
