@@ -19,10 +19,12 @@ from benchmarks.shapes import (
     adapter_shapes,
     attention_shapes,
     decoding_shapes,
+    few_rows_shapes,
     head_shapes,
     large_head_shapes,
     linear_shapes,
     mlp_shapes,
+    nf4_shapes,
     qkv_shapes,
     step_shapes,
     weight_shapes,
@@ -61,7 +63,7 @@ def pytest_generate_tests(metafunc):
         ("shape", linear_shapes), ("adapter_shape", adapter_shapes), ("weight_shape", weight_shapes),
         ("attention_shape", attention_shapes), ("decoding_shape", decoding_shapes), ("head_shape", head_shapes),
         ("large_head_shape", large_head_shapes), ("mlp_shape", mlp_shapes), ("qkv_shape", qkv_shapes),
-        ("step_shape", step_shapes),
+        ("step_shape", step_shapes), ("nf4_shape", nf4_shapes), ("few_rows_shape", few_rows_shapes),
     ):  # fmt: skip
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, shapes(tiny(metafunc.config)), ids=str)
@@ -72,7 +74,7 @@ def pytest_collection_modifyitems(config, items):
     kept = [item for item in items if not (GRAPH in contender_of(item) and rows_of(item) > GRAPH_ROWS)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = sorted(
-        kept, key=lambda item: targets.importance(item.path.stem, item.originalname, item.callspec.params)
+        kept, key=lambda item: targets.importance(item.path.stem, item.originalname, item.callspec.params, ON_GPU)
     )
     for item in items if ON_GPU else ():
         item.add_marker(pytest.mark.benchmark(timer=DeviceInstant))
@@ -160,14 +162,18 @@ def note(benchmark, request):
 
 @pytest.fixture
 def measure_layer(benchmark, note, request):
-    """measure_layer(op, build, shape, p, backward): the module that `build(p)` makes, on x [M, K]."""
+    """measure_layer(op, build, shape, p, backward): the module that `build(p)` makes, on x [M, K].
 
-    def measured(op, build, shape, p, backward):
-        note(op, shape, f"p={p}" if p is not None else "")
+    forward_mode="training mode": not inference, but the forward of a training step alone.
+    """
+
+    def measured(op, build, shape, p, backward, forward_mode=""):
+        note(op, shape, f"p={p}" if p is not None else forward_mode)
         layer = build(p or 0.0)
-        if p is None and not backward:
+        if p is None and not backward and not forward_mode:
             layer.eval()  # bitsandbytes lays weights out for inference then
-        measure_step(benchmark, layer, shape.M, shape.K, backward, GRAPH in contender_of(request.node))
+        graph = GRAPH in contender_of(request.node)
+        measure_step(benchmark, layer, shape.M, shape.K, backward, graph, training=backward or bool(forward_mode))
 
     return measured
 
@@ -176,8 +182,8 @@ def measure_layer(benchmark, note, request):
 def measure(measure_layer):
     """measure(op, build, shape, p, backward): the layer that `build(linear, p)` makes of a frozen linear."""
 
-    def measured(op, build, shape, p, backward):
+    def measured(op, build, shape, p, backward, forward_mode=""):
         linear = nn.Linear(shape.K, shape.N, bias=False, device=DEVICE, dtype=DTYPE).requires_grad_(False)
-        measure_layer(op, lambda p: build(linear, p), shape, p, backward)
+        measure_layer(op, lambda p: build(linear, p), shape, p, backward, forward_mode)
 
     return measured

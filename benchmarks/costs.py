@@ -39,7 +39,7 @@ def cost(op: str, shape: Shape | Attention | Step, variant: str = "") -> Cost | 
             return _lora(M, N, K, HALF, backward) + Cost(2 * N * K * R, HALF * N * K)
         case "nf4_linear":
             return _frozen(M, N, K, NF4, backward)
-        case "nf4 quantize" | "nf4 dequantize":
+        case "nf4 quantize" | "nf4 dequantize" | "nf4 dequantize into out":
             return Cost(N * K, N * K * (HALF + (NF4 if variant == "nested" else NF4_PLAIN)))
         case "bottleneck_adapter":
             return _adapter(M, K, backward)

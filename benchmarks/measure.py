@@ -8,7 +8,11 @@ from torch import nn
 
 from benchmarks.shapes import DEVICE, DTYPE, ON_GPU
 from benchmarks.variants import captured
-from peft_ops.cli.measure import AllocatedBytes
+
+try:
+    from peft_ops.cli.memory import peak_of
+except ImportError:  # benchmarks.compare, a revision from before it
+    peak_of = None
 
 ON_CPU_S, ON_GPU_S, ROUNDS = 0.6, 0.12, (5, 50)
 LONG_S = 2.0  # a call that takes this long is measured three times, the first of which warms up
@@ -79,27 +83,30 @@ def sample(benchmark, call: Callable, on_gpu: bool) -> None:
     benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=0 if once > LONG_S else 2)
 
 
-def measure_step(benchmark, layer: nn.Module, rows: int, features: int, backward: bool, graph: bool) -> None:
-    """Time, peak memory and bytes saved of `layer` on a random x [rows, features]: inference, or a training step."""
+def measure_step(
+    benchmark, layer: nn.Module, rows: int, features: int, backward: bool, graph: bool, training: bool | None = None
+) -> None:
+    """Time, peak memory and bytes saved of `layer` on a random x [rows, features]: inference, or a training step;
+    `training` without `backward`: a step's forward."""
+    training = backward if training is None else training
     leaves = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     for parameter in leaves:
         nn.init.normal_(parameter, std=0.02)
-    x = torch.randn(rows, features, device=DEVICE, dtype=DTYPE, requires_grad=backward)
+    x = torch.randn(rows, features, device=DEVICE, dtype=DTYPE, requires_grad=training)
     with torch.no_grad():
         dy = torch.randn_like(layer(x))
 
     def step():
         if backward:
             return torch.autograd.grad(layer(x), [x, *leaves], dy)
-        with torch.no_grad():
+        with torch.set_grad_enabled(training):
             return layer(x)
 
     step()  # compiled here, if it is
     if backward:
         owned = [x, *layer.parameters(), *layer.buffers()]
         benchmark.extra_info["saved_bytes"] = saved_bytes(lambda: layer(x), owned)
-    if ON_GPU or not hasattr(layer, "_orig_mod"):  # what counts tensors on a CPU makes a compiled layer run eagerly
-        benchmark.extra_info["peak_bytes"] = peak_bytes(step)
+    benchmark.extra_info["peak_bytes"] = peak_bytes(step)
     sample(benchmark, captured(step) if graph else step, ON_GPU)
 
 
@@ -120,12 +127,10 @@ def saved_bytes(call: Callable, exclude: Iterable[torch.Tensor]) -> int:
 
 
 def peak_bytes(call: Callable) -> int:
-    """Most memory that a call holds at once beyond what was there before it; on a CPU that of tensors, not the scratch
-    inside an operation."""
+    """Most memory that a call holds at once beyond what was there before it; on a CPU without the scratch that C++ code
+    takes for itself (`CPUMemory`)."""
     if not torch.cuda.is_available():
-        with AllocatedBytes() as allocated:
-            call()
-        return allocated.peak
+        return peak_of(call) if peak_of else 0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

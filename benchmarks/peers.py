@@ -1,11 +1,14 @@
 """The contenders: small builders, one signature to an op; each skips by its name where its package is missing.
 
 Layers: `build(linear, p) -> nn.Module` over a frozen nn.Linear; adapters of rank 16 wherever there are any.
-NF4: `build(w, nested) -> (quantise, dequantise)`, two functions without arguments.
+NF4: `build(w, nested) -> (quantise, dequantise, dequantise into a tensor that is there)`, functions without arguments.
 Prefix attention: `attend(query, key, value, prefix_key, prefix_value, is_causal)`.
 """
 
+import ctypes
 from collections.abc import Callable
+from functools import partial
+from inspect import signature
 
 import pytest
 import torch
@@ -143,16 +146,31 @@ for _layers in (LORA, NF4_LINEAR):
 LORA |= {"PEFT" + COMPILED: compiled(peft_lora)}
 
 
-def ours_codec(w: torch.Tensor, nested: bool) -> tuple[Callable, Callable]:
-    weight = nf4.quantize(w, BLOCKSIZE, nested)
-    return lambda: nf4.quantize(w, BLOCKSIZE, nested), lambda: nf4.dequantize(weight)
+def ours_codec(w: torch.Tensor, nested: bool) -> tuple[Callable, Callable, Callable | None]:
+    weight, out = nf4.quantize(w, BLOCKSIZE, nested), torch.empty_like(w)
+    into = partial(nf4.dequantize, weight, out=out) if "out" in signature(nf4.dequantize).parameters else None
+    return lambda: nf4.quantize(w, BLOCKSIZE, nested), lambda: nf4.dequantize(weight), into
 
 
-def bitsandbytes_codec(w: torch.Tensor, nested: bool) -> tuple[Callable, Callable]:
+def bitsandbytes_codec(w: torch.Tensor, nested: bool) -> tuple[Callable, Callable, Callable]:
     functional = _needs("bitsandbytes").functional
     options = {"blocksize": BLOCKSIZE, "compress_statistics": nested}
     packed, state = functional.quantize_nf4(w, **options)
-    return lambda: functional.quantize_nf4(w, **options), lambda: functional.dequantize_nf4(packed, state)
+    decode = functional.dequantize_nf4 if w.is_cuda else partial(_bitsandbytes_into, functional)
+    into = partial(decode, packed, state, out=torch.empty_like(w))
+    return lambda: functional.quantize_nf4(w, **options), lambda: functional.dequantize_nf4(packed, state), into
+
+
+def _bitsandbytes_into(functional, packed: torch.Tensor, state, out: torch.Tensor) -> torch.Tensor:
+    """On a CPU none of its functions takes `out`: here it goes to the C function below them (backends/cpu/ops.py)."""
+    absmax = state.absmax
+    if state.nested:
+        absmax = functional.dequantize_blockwise(absmax, state.state2).add_(state.offset)
+    c_function = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[out.dtype]
+    addresses = (functional.get_ptr(t) for t in (packed, absmax, out))
+    sizes = map(ctypes.c_longlong, (state.blocksize, *out.shape))
+    getattr(functional.lib, f"cdequantize_blockwise_cpu_nf4_{c_function}")(*addresses, *sizes)
+    return out
 
 
 CODECS = {"peft-ops": ours_codec, "bitsandbytes": bitsandbytes_codec}

@@ -92,6 +92,16 @@ def linear_shapes(tiny: bool) -> list[Shape]:
     return full + [Shape(m, *nk) for nk, m in product(OF_MODELS, (1, 16, 512, 8192))]
 
 
+def nf4_shapes(tiny: bool) -> list[Shape]:
+    """Of x and a 4-bit weight without adapter."""
+    return linear_shapes(tiny) if tiny or ON_GPU else [Shape(m, *SQUARE) for m in (1, 16, 256, 1024)]
+
+
+def few_rows_shapes(tiny: bool) -> list[Shape]:
+    """Of the same in training mode, on a CPU: on a GPU the mode changes nothing."""
+    return [] if ON_GPU else [shape for shape in nf4_shapes(tiny) if shape.M <= 256]
+
+
 def adapter_shapes(tiny: bool) -> list[Shape]:
     """Of x [M, d] and an adapter on it: d of BERT-base and -large, and of a 7B model."""
     if tiny:
@@ -116,7 +126,7 @@ def large_head_shapes(tiny: bool) -> list[Shape]:
 
 def weight_shapes(tiny: bool) -> list[Shape]:
     """Of a weight alone: M = 0."""
-    return [Shape(0, *nk) for nk in ((TINY,) if tiny else (SQUARE, *OF_MODELS) if ON_GPU else (ON_CPU,))]
+    return [Shape(0, *nk) for nk in ((TINY,) if tiny else (SQUARE, *OF_MODELS) if ON_GPU else (SQUARE,))]
 
 
 def mlp_shapes(tiny: bool) -> list[Shape]:
@@ -138,12 +148,16 @@ def qkv_shapes(tiny: bool) -> list[Shape]:
 
 
 def step_shapes(tiny: bool) -> list[Step]:
-    """Llama 3's 8B with four of its layers, 8192 tokens a step; on a CPU two small models of its proportions."""
+    """Llama 3's 8B with four of its layers, 8192 tokens a step; on a CPU a narrow and a wide model of its MLP's
+    proportions, of four and of two layers."""
     if tiny:
         return [Step(16, 48, 32, 8, 2, 4, 2, 64, *case) for case in (("LoRA", 0.0, False), ("QLoRA", 0.1, True))]
     cases = list(product(("LoRA", "QLoRA"), (0.0, 0.1), (False, True)))
     if not ON_GPU:
-        widths = ((256, cases[:2] + cases[4:6]), (512, cases))
-        return [Step(512, d * 7 // 2, d, 256, 4, 8, 2, 2048, *case) for d, some in widths for case in some]
+        models = ((4096, 256, 4), (1024, 1024, 2))
+        return [
+            Step(m, d * 7 // 2, d, 128, layers, 8, 2, 2048, *case)
+            for m, d, layers in models for case in cases if not case[-1]
+        ]  # fmt: skip
     of_8b = (4, 32, 8, 128256)
     return [Step(8192, 14336, 4096, length, *of_8b, *case) for length in (2048, 8192, 512) for case in cases]

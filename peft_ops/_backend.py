@@ -7,8 +7,9 @@ was built, and everything else to the plain-PyTorch reference.
 
 import functools
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import torch
 
@@ -78,9 +79,22 @@ def _native(op: str) -> ModuleType:
     if native is None:
         return reference
     merged = ModuleType(native.__name__)
-    merged.__dict__.update(_functions(reference) | _functions(native))
+    plain, fast = _functions(reference), _functions(native)
+    taken = {name: _unless_float64(f, plain[name]) if name in plain else f for name, f in fast.items()}
+    merged.__dict__.update(plain | taken)
     return merged
 
 
-def _functions(module: ModuleType) -> dict:
-    return {name: f for name, f in vars(module).items() if callable(f) and not name.startswith("_")}
+def _unless_float64(native: FunctionType, reference: FunctionType) -> Callable:
+    """`native`, and `reference` where an operand is float64, as an adapter may be on a 16-bit x: sums are too then."""
+
+    @functools.wraps(native)
+    def chosen(*args):
+        wide = any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args)
+        return (reference if wide else native)(*args)
+
+    return chosen
+
+
+def _functions(module: ModuleType) -> dict[str, FunctionType]:
+    return {name: f for name, f in vars(module).items() if isinstance(f, FunctionType) and not name.startswith("_")}

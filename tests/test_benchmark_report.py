@@ -96,7 +96,7 @@ def rows_of(target, ours, theirs):
     return rows
 
 
-@pytest.mark.parametrize("target", targets.TARGETS, ids=str)
+@pytest.mark.parametrize("target", [*targets.GPU, *targets.CPU], ids=str)
 def test_a_target_is_judged_by_its_worst_row(target):
     bound = target.at_most or 1 / target.at_least
     for factor, met in ((0.99, True), (1.01, False)):
@@ -105,24 +105,50 @@ def test_a_target_is_judged_by_its_worst_row(target):
         assert row == [*rows][-1]
         assert target.met(figure) is met
         verdict = "**not met**" if not met else "met"
-        assert any(verdict in line for line in tables.targets({target.op: rows}, {"copy_bytes_per_s": 1.0}))
+        assert any(verdict in line for line in tables.targets({target.op: rows}, {"copy_bytes_per_s": 1.0}, [target]))
     assert target.worst({}, {}) is None
 
 
-def test_the_suite_measures_what_the_targets_need(monkeypatch):
-    monkeypatch.setattr(shapes, "ON_GPU", True)
-    measured = {
-        (s.N, s.K, s.M) for s in (*shapes.linear_shapes(False), *shapes.weight_shapes(False), *shapes.mlp_shapes(False))
-    }
-    for target in targets.TARGETS:
-        assert {(*weight, m) for weight in target.weights[:2] for m in target.rows} & measured, target
-    first = targets.importance(
-        "test_lora_linear", "test_forward_backward", {"shape": shapes.Shape(8192, 4096, 4096), "contender": "PEFT"}
-    )
-    later = targets.importance(
-        "test_lora_linear", "test_forward", {"shape": shapes.Shape(8192, 4096, 4096), "contender": "PEFT"}
+@pytest.mark.parametrize("on_gpu", [True, False], ids=["GPU", "CPU"])
+def test_the_suite_measures_what_the_targets_need(monkeypatch, on_gpu):
+    monkeypatch.setattr(shapes, "ON_GPU", on_gpu)
+    layers = (shapes.linear_shapes, shapes.nf4_shapes, shapes.few_rows_shapes, shapes.weight_shapes, shapes.mlp_shapes)
+    measured = {(s.N, s.K, s.M) for of_layers in layers for s in of_layers(False)}
+    steps = {(s.N, s.K, s.M, s.variant) for s in shapes.step_shapes(False)}
+    for target in targets.GPU if on_gpu else targets.CPU:
+        needed = {(*weight, m) for weight in target.weights[:2] for m in target.rows}
+        if target.suite == "test_llama_step":
+            assert {(*row, variant) for row in needed for variant in target.variants} <= steps, target
+        else:
+            assert needed & measured, target
+    wanted = (8192, 4096, 4096) if on_gpu else (1024, 2048, 2048)
+    case = {"shape": shapes.Shape(*wanted), "contender": "PEFT"}
+    first, later = (
+        targets.importance("test_lora_linear", name, case, on_gpu) for name in ("test_forward_backward", "test_forward")
     )
     assert first < later
+
+
+def test_targets_are_those_of_the_device_that_was_measured(results):
+    cells = {"peft-ops": {"median": 2.0}, "bitsandbytes": {"median": 1.0}}
+    rows = {"nf4_linear forward": {(4096, 4096, 1, ""): cells}}
+    for machine, lines in (({}, 1), ({"multiprocessors": 132}, 1)):
+        shown = tables.targets(rows, {}, targets.targets_of(machine))
+        assert len(shown) == 2 + lines
+        assert shown[-1].endswith("| **not met** |")
+    assert "No row of a target was measured" in (tables.markdown(results, []))
+
+
+def test_full_fine_tuning_stands_beside_every_step_on_a_cpu(results):
+    """The same row of the report has both sides of the target, whatever the method and the dropout."""
+    target = next(t for t in targets.CPU if t.theirs == "full fine-tuning")
+    rows = {
+        (896, 256, 4096, variant): {"peft-ops": {"median": s}, "full fine-tuning": {"median": 1.0}}
+        for variant, s in zip(target.variants, (0.9, 1.1, 0.8, 0.7), strict=True)
+    }
+    row, figure = target.worst(rows, {})
+    assert (row[3], figure) == (target.variants[1], 1.1)
+    assert not target.met(figure)
 
 
 def test_readme_says_what_the_committed_results_say():

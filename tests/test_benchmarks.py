@@ -203,6 +203,9 @@ def test_codecs_decode_the_same(nested):
     ours, theirs = (build(w, nested)[1]() for build in peers.CODECS.values())
     assert_same([ours], [theirs], 2e-2)  # a nested scale may be the next code on a CPU
     assert (ours - w).norm() < 0.1 * w.norm()
+    for build in peers.CODECS.values():
+        _, decode, into = build(w, nested)
+        assert into is None or torch.equal(decode(), into())
 
 
 @pytest.mark.parametrize("name", ["chunked torch", "logits", "TRL"])

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from peft_ops.cli.measure import AllocatedBytes
+from peft_ops.cli.memory import CPUMemory
 from test_linear_logprob import HEADS, call, linear_logprob, problem
 
 
 def peak(V, head, base):
     """Bytes at most alive, gradients of the head left out."""
     leaves, targets = problem(M=200, K=128, V=V, head=head, base=base)
-    with AllocatedBytes() as allocated:
+    with CPUMemory() as memory:
         call(linear_logprob, leaves, targets)[0].sum().backward()
-    return allocated.peak - sum(
+    return memory.peak - sum(
         t.nbytes for n, t in leaves.items() if n in HEADS[head] and isinstance(t, torch.Tensor)
     )  # fmt: skip
 

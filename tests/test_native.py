@@ -228,6 +228,47 @@ def test_an_update_writes_its_part_alone(isa):
 
 
 @built
+@pytest.mark.parametrize("strides", [(50, 1), (1, 9)], ids=["rows", "columns"])
+def test_an_update_in_place_is_seen_by_autograd(strides):
+    y = torch.zeros(450).as_strided((9, 50), strides)
+    before = y._version
+    low_rank.low_rank_update_(y, torch.ones(9, 2), torch.ones(50, 2), 1.0, 0.0, None)
+    assert y._version > before
+    x = torch.ones(9, 50, requires_grad=True)
+    squared = x.exp().square()
+    low_rank.low_rank_update_(squared.grad_fn._saved_self, torch.ones(9, 2), torch.ones(50, 2), 1.0, 0.0, None)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.sum().backward()
+    with torch.inference_mode():
+        low_rank.low_rank_update_(torch.zeros(9, 50), torch.ones(9, 2), torch.ones(50, 2), 1.0, 0.0, None)
+
+
+@built
+@pytest.mark.skipif(_backend._FORCED is not None, reason="a backend is forced")
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_float64_adapter_is_summed_in_float64(dtype, p):
+    """The bits of the reference, and s and the gradients within float64 of the truth."""
+    x, dy = torch.randn(5, 70, dtype=dtype), torch.randn(5, 37, dtype=dtype)
+    w, a, b = torch.randn(37, 70, dtype=dtype), torch.randn(3, 70).double() / 3, torch.randn(37, 3).double() / 3
+    seed = torch.tensor(3) if p else None
+
+    def results(of):
+        y, s = of("linear_low_rank").lora_linear(x, w, None, a, b, 0.5, p, seed)
+        ds, db = of("low_rank").low_rank_gradients(dy, s, b, 0.5)
+        da = of("down_project").down_project_da(ds, x, p, seed)
+        return y, s, ds, db, da, of("linear_low_rank").linear_low_rank_dx(dy, w, ds, a, p, seed)
+
+    ours = results(lambda op: _backend.implementation(op, x))
+    for mine, expected in zip(ours, results(lambda op: getattr(_backend._reference(), op)), strict=True):
+        assert torch.equal(mine, expected)
+    s, ds = ours[1:3]
+    assert s.dtype == ds.dtype == torch.float64
+    torch.testing.assert_close(s, reference_down.down_project(x.double(), a, p, seed), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(ds, 0.5 * dy.double() @ b, rtol=1e-14, atol=1e-14)
+
+
+@built
 @pytest.mark.usefixtures("two_threads")
 def test_results_do_not_depend_on_the_number_of_threads():
     x, w = torch.randn(40, 2048, dtype=torch.bfloat16), torch.randn(300, 2048)

@@ -20,6 +20,7 @@ def low_rank_update_(
         y.data_ptr(), native.DTYPES[y.dtype], y.stride(0), s.data_ptr(), bt.data_ptr(), bt.stride(0), M, N, R,
         *native.dropout_arguments(p, seed, R, scaling), native.threads(M * N),
     )  # fmt: skip
+    torch.autograd.graph.increment_version(y)  # autograd checks what it saved by it
     return y
 
 

@@ -70,10 +70,10 @@ def _slab(M: int) -> int:
 def _decoded_rows(weight, dtype: torch.dtype, slab: int) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, deq(W)[rows] in dtype), at most `slab` elements at a time, each in the memory of the ones before."""
     N, K = weight.shape
-    step = min(N, max(1, slab // max(1, K)))
+    step = max(1, min(N, slab // max(1, K)))
     arguments, _held = native.weight_arguments(weight)
     w = _workspace(step * K, dtype)
-    for start in range(0, N, max(1, step)):
+    for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
         first, last = start * K, rows.stop * K
         native.lib.nf4_dequantize(
@@ -85,10 +85,10 @@ def _decoded_rows(weight, dtype: torch.dtype, slab: int) -> Iterator[tuple[slice
 def _decoded_columns(weight, dtype: torch.dtype, slab: int) -> Iterator[tuple[slice, torch.Tensor]]:
     """(columns, deq(W)[:, columns] in dtype), at most `slab` elements or 64 columns at a time, each as above."""
     N, K = weight.shape
-    step = min(K, max(64, slab // max(1, N)))
+    step = max(1, min(K, max(64, slab // max(1, N))))
     arguments, _held = native.weight_arguments(weight)
     w = _workspace(step * N, dtype)
-    for start in range(0, K, max(1, step)):
+    for start in range(0, K, step):
         stop = min(start + step, K)
         native.lib.nf4_columns(
             w.data_ptr(), native.DTYPES[dtype], *arguments, N, K, start, stop, native.threads(N * (stop - start))

@@ -1,21 +1,18 @@
 """What a method costs in memory."""
 
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .. import save_adapter
 from ..nn import LoRALinear
 from ..nn.nf4_linear import NF4Storage
 from .data import Sequences, Split
 from .loss import loss_sum
+from .memory import peak_of
 from .training import Options, Trainer
 
 
@@ -53,49 +50,12 @@ def base_bits(model: nn.Module) -> float:
     return 8 * nbytes / elements if elements else 0.0
 
 
-class AllocatedBytes(TorchDispatchMode):
-    """While it is on, counts the bytes of the tensors that operations make: `live` now, `peak` at most.
-
-    Storages count once, whole, until they are freed; those that were there before count nothing. Scratch memory inside
-    an operation is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._alive: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for tensor in _tensors((args, kwargs)):
-            self._meet(tensor.untyped_storage(), 0)
-        out = func(*args, **(kwargs or {}))
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            self._meet(storage, storage.nbytes())
-        return out
-
-    def _meet(self, storage: torch.UntypedStorage, nbytes: int) -> None:
-        if storage._cdata in self._alive:
-            return
-        self._alive[storage._cdata] = nbytes
-        self.live += nbytes
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, storage._cdata)
-
-    def _gone(self, key: int) -> None:
-        self.live -= self._alive.pop(key)
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
 def peak_memory(model: nn.Module, data: Split, options: Options) -> int:
     """Most bytes that two training steps hold: weights, gradients, optimizer state, activations.
 
-    The steps are taken at a learning rate of zero, so the model stays as it is; its gradients are freed. On a GPU this
-    is what the allocator says, elsewhere what AllocatedBytes does. All layers are trained, as they are at the end where
-    they join one by one.
+    The steps are taken at a learning rate of zero, so the model stays as it is; its gradients are freed. All layers are
+    trained, as they are at the end where they join one by one. This is what torch's allocator says: on a CPU without
+    the scratch that C++ code takes for itself (`CPUMemory`).
     """
     trainer = Trainer(model, data, replace(options, lr=0.0, layerwise=False))
     if trainer.device.type == "cuda":
@@ -105,9 +65,7 @@ def peak_memory(model: nn.Module, data: Split, options: Options) -> int:
     held = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
     }
-    with AllocatedBytes() as allocated:
-        _two_steps(trainer)
-    return sum(held.values()) + allocated.peak
+    return sum(held.values()) + peak_of(lambda: _two_steps(trainer))
 
 
 def _two_steps(trainer: Trainer) -> None:
