@@ -14,6 +14,7 @@ constexpr int64_t MAX_PAIRED = 16;       // rows of x
 constexpr int64_t GROUP = 64;
 constexpr int64_t AHEAD = 8;             // rows of W, from which codes are fetched meanwhile
 constexpr int64_t LAID_BYTES = 1 << 14;  // of x at a time: half a first cache
+constexpr int64_t PART = 1 << 19;        // elements of W that a thread takes at once, many against what is fetched ahead
 constexpr int WORDS = 8;                 // float32 in 256 bits
 
 inline bool pairs_fit(const Weight& w, int64_t M, int64_t K) {
@@ -84,7 +85,7 @@ template <int M>
 void paired_rows(float* y, const uint16_t* laid, const Weight& w, int64_t N, int64_t K, int threads) {
   constexpr int ROWS = M <= 2 ? 4 : M <= 8 ? 2 : 1;
   const int64_t groups = K / GROUP, each = at_most(groups, parts_of(LAID_BYTES, M * GROUP * 2));
-  const int64_t rows = padded(parts_of(1 << 16, K), ROWS);
+  const int64_t rows = padded(parts_of(PART, K), ROWS);
   parallel(threads, parts_of(N, rows), [&](int64_t part) {
     const int64_t start = part * rows, some = at_most(rows, N - start);
     Scratch<float> sums(rows * M * WORDS), scales(rows * groups);
