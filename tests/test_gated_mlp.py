@@ -290,7 +290,9 @@ def test_gradcheck():
         ]
         return gated_mlp(given["x"], *replaced, "gelu_new", SEEDS)
 
-    assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+    assert torch.autograd.gradcheck(
+        call, tuple(leaves.values()), fast_mode=True
+    )  # a random projection of each Jacobian
 
 
 def test_vmap_and_functional_gradients():

@@ -318,7 +318,9 @@ def test_gradcheck():
         ]
         return lora_projections(given["x"], replaced, SEEDS)
 
-    assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+    assert torch.autograd.gradcheck(
+        call, tuple(leaves.values()), fast_mode=True
+    )  # a random projection of each Jacobian
 
 
 def test_vmap_and_functional_gradients():

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from peft_ops.ops import nf4_linear
 from peft_ops.reference import formulas
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+NATIVE = "cpu" in implementation("nf4_linear", torch.empty(0)).__name__
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -74,14 +76,26 @@ def test_no_bias_and_frozen_x(device):
     assert not nf4_linear(frozen.detach(), weight).requires_grad
 
 
+@pytest.fixture
+def small_slabs(monkeypatch):
+    """Slabs of 2^15 elements, on every path."""
+    paths = ("peft_ops.reference.nf4_linear", "peft_ops.kernels.cpu.nf4_linear")
+    for path in paths if NATIVE else paths[:1]:
+        monkeypatch.setattr(f"{path}._SLAB", 1 << 15)
+    if find_spec("triton"):
+        monkeypatch.setattr("peft_ops.kernels.configs.NF4_SLAB_BYTES", 1 << 16)
+
+
+@pytest.mark.usefixtures("small_slabs")
 def test_large_weight_in_slabs():
     """More than one slab in both directions, rows of blocks that cross them, and a bias that is cut with them."""
     for K in (512, 520):
-        assert_accurate(*problem(M=70, N=2200, K=K))
+        assert_accurate(*problem(M=70, N=220, K=K))
 
 
+@pytest.mark.usefixtures("small_slabs")
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("M", "N", "K"), [(5, 37, 128), (70, 2200, 512), (70, 37, 520), (0, 37, 128)])
+@pytest.mark.parametrize(("M", "N", "K"), [(5, 37, 128), (70, 220, 512), (70, 37, 520), (0, 37, 128)])
 def test_dx_added_in_place(M, N, K, dtype, device):
     """Onto a buffer that other products are in already: whole, in slabs, with few rows, with none."""
     _, weight, _, dy = problem(M, N, K, dtype, device)

@@ -39,28 +39,22 @@ def lean(kernel, arch, dtype, *, weight=LINEAR, adapter="fp32", divisible=True, 
 on_every_chip = pytest.mark.parametrize("arch", ARCHES)
 PLAIN = dict(BIAS=False, LOW_RANK=False, CAP=False, ENTROPY=False, NEED_DBIAS=False)
 EVERYTHING = dict(BIAS=True, LOW_RANK=True, CAP=True, ENTROPY=True, NEED_DBIAS=True)
+LORA, CAPPED = PLAIN | dict(LOW_RANK=True, ENTROPY=True), PLAIN | dict(BIAS=True, CAP=True, NEED_DBIAS=True)
 MIXES = pytest.mark.parametrize(
-    "flags",
-    [
-        PLAIN,
-        EVERYTHING,
-        PLAIN | dict(LOW_RANK=True, ENTROPY=True),
-        PLAIN | dict(BIAS=True, CAP=True, NEED_DBIAS=True),
-    ],
-    ids=["plain", "everything", "lora", "capped"],
+    ("dtype", "flags"),
+    [("bf16", PLAIN), ("bf16", EVERYTHING), ("bf16", LORA), ("bf16", CAPPED), ("fp32", PLAIN), ("fp32", EVERYTHING)],
+    ids=["bf16-plain", "bf16-everything", "bf16-lora", "bf16-capped", "fp32-plain", "fp32-everything"],
 )
 
 
 @on_every_chip
 @MIXES
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_forward(arch, dtype, flags):
     lean(_logprob_kernel, arch, dtype, **flags)
 
 
 @on_every_chip
 @MIXES
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_gradient(arch, dtype, flags):
     lean(_logprob_gradient_kernel, arch, dtype, **flags)
 

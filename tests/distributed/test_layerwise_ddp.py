@@ -41,22 +41,22 @@ def trained(mode, rank, world):
     return states
 
 
-def one_of_two(rank, folder, mode):
+def one_of_two(rank, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=timedelta(seconds=60))
-    alone = trained(mode, 0, 1)
-    for actual, expected in zip(trained(mode, rank, 2), alone, strict=True):
-        torch.testing.assert_close(actual, expected)
-    assert [torch.equal(a, b) for a, b in zip(alone[0], alone[1], strict=True)] == [False] * 2 + [True] * 4
+    for mode in ("cumulative", "single"):
+        alone = trained(mode, 0, 1)
+        for actual, expected in zip(trained(mode, rank, 2), alone, strict=True):
+            torch.testing.assert_close(actual, expected, msg=lambda m, mode=mode: f"{mode}: {m}")
+        assert [torch.equal(a, b) for a, b in zip(alone[0], alone[1], strict=True)] == [False] * 2 + [True] * 4
     dist.barrier()
     os._exit(0)  # tearing gloo down beside a process that has left already can wait for ever
 
 
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize("mode", ["cumulative", "single"])
-def test_layer_by_layer_in_two_processes(tmp_path, mode):
-    both = torch.multiprocessing.spawn(one_of_two, (str(tmp_path), mode), nprocs=2, join=False)
+def test_layer_by_layer_in_two_processes(tmp_path):
+    both = torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2, join=False)
     deadline = time.monotonic() + 120
     try:
         while not both.join(timeout=5):

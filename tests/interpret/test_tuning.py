@@ -161,20 +161,46 @@ def test_zeros_are_nothing_to_compare_with(folder, monkeypatch):
         autotune.measure(*KEY, 20, 16, **CPU)
 
 
+@pytest.fixture
+def tune(folder, monkeypatch):
+    """The command in this process."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import tune
+
+    monkeypatch.setattr(measured, "at_first_use", None)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tune", "--device", "cpu", "--quick", *arguments])
+        return tune.main()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((), "it needs --out"), (("--out", "x", "--kernels", "down"), "no kernel is called down")],
+    ids=["what is shipped is not overwritten", "an unknown kernel"],
+)
+def test_the_command_refuses(tune, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        tune(*arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_is_tuned_without_time(tune, folder, capsys):
+    assert tune("--out", str(folder), "--ranks", "16", "--kernels", "low_rank_update", "--minutes", "0") == 0
+    assert "out of time" in capsys.readouterr().out
+    assert not list(folder.iterdir())
+
+
 def test_the_command_tunes_keeps_and_goes_on(tmp_path):
-    """The whole way, from the bare tree: kernels, then routes beside what the table has, then nothing without time."""
+    """The whole way, from the bare tree: kernels, then routes beside what the table has."""
     command = [sys.executable, "-m", "benchmarks.tree", "benchmarks.tune", "--device", "cpu", "--quick"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PEFT_OPS")}
-
-    def tuned(*arguments):
+    for kernels in ("down_project,nf4_dequantize", "routes"):
+        arguments = ["--out", str(tmp_path), "--ranks", "16", "--kernels", kernels]
         done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout + done.stderr
-
-    assert tuned()[0] == 2  # no folder: what is shipped is not overwritten
-    assert "no kernel is called down" in tuned("--out", str(tmp_path), "--kernels", "down")[1]
-    for kernels, minutes in (("down_project,nf4_dequantize", "5"), ("routes", "5"), ("low_rank_update", "0")):
-        status, said = tuned("--out", str(tmp_path), "--ranks", "16", "--kernels", kernels, "--minutes", minutes)
-        assert status == 0, said
+        assert done.returncode == 0, done.stdout + done.stderr
     raw = table_files.read(tmp_path / "default.json")
     assert raw["times"] == "meaningless"
     assert raw["kernels"].keys() == {"down_project", "nf4_dequantize"}
