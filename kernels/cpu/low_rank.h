@@ -9,7 +9,6 @@
 namespace {
 
 constexpr int64_t TILE_ROWS = 8, TILE_COLUMNS = 512;
-constexpr int64_t MASK_EXTRA = 4 * L;
 
 inline void prefetch(const void* p, int64_t bytes) {  // addresses outside any memory do no harm
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
@@ -20,7 +19,7 @@ inline void prefetch(const void* p, int64_t bytes) {  // addresses outside any m
 template <class D>
 void load_tile(float* tile, int64_t ld, const typename D::T* x, int64_t ldx, int64_t row, int64_t rows, int64_t first,
                int64_t columns, int64_t ahead, const Dropout& dropout, int64_t group) {
-  alignas(64) uint16_t mask[TILE_COLUMNS + MASK_EXTRA];
+  alignas(64) uint16_t mask[mask_words(TILE_COLUMNS)];
   for (int64_t m = 0; m < rows; m++) {
     const typename D::T* from = x + (row + m) * ldx + first;
     float* to = tile + m * ld;
@@ -28,8 +27,8 @@ void load_tile(float* tile, int64_t ld, const typename D::T* x, int64_t ldx, int
     prefetch(from + ahead, columns * sizeof *x);
     if (dropout.on()) {
       dropout.keep(mask, group, row + m, first, columns);
-      for (; k + L <= columns; k += L) store(to + k, masked(D::widen(from + k), mask + k));
-      if (k < columns) store(to + k, masked(widen_some<D>(from + k, columns - k), mask + k)), k += L;
+      for (; k + L <= columns; k += L) store(to + k, masked(D::widen(from + k), mask, k));
+      if (k < columns) store(to + k, masked(widen_some<D>(from + k, columns - k), mask, k)), k += L;
     } else {
       for (; k + L <= columns; k += L) store(to + k, D::widen(from + k));
       if (k < columns) store(to + k, widen_some<D>(from + k, columns - k)), k += L;
@@ -92,38 +91,83 @@ void down_project_da(float* da, const float* ds, const typename D::T* x, int64_t
   });
 }
 
+constexpr int64_t UPDATE_COLUMNS = 256;
+
+// sums[i][j] = Σ_r s[i][r] bt[r][j] over ranks [r, last), for I rows and J vectors of columns.
+template <int I, int J>
+inline void ranks_sum(vf (&sums)[I][J], const float* s, int64_t R, const float* bt, int64_t ldb, int64_t r, int64_t last) {
+  for (int i = 0; i < I; i++)
+    for (int j = 0; j < J; j++) sums[i][j] = vf{};
+  for (; r < last; r++) {
+    vf b[J];
+    for (int j = 0; j < J; j++) b[j] = load<vf>(bt + r * ldb + j * L);
+    for (int i = 0; i < I; i++) {
+      const vf si = splat(s[i * R + r]);
+      for (int j = 0; j < J; j++) sums[i][j] = fma(si, b[j], sums[i][j]);
+    }
+  }
+}
+
+// y[i][k] += scale · Σ over groups of drop(Σ_r s[i][r] bt[r][k]) for I rows and the `columns` <= BLOCK_COLUMNS from
+// column k of a tile on; mask[group][row of the tile].
+template <class D, int I>
+inline void update_block(typename D::T* y, int64_t ldy, const float* s, const float* bt, int64_t ldb, int64_t columns,
+                         int64_t R, int64_t groups, const uint16_t* mask, int64_t k, float scale) {
+  constexpr int J = BLOCK_COLUMNS / L;
+  constexpr int64_t WORDS = mask_words(UPDATE_COLUMNS);
+  const int64_t each = R / groups;
+  vf total[I][J];
+  ranks_sum<I, J>(total, s, R, bt, ldb, 0, each);
+  for (int i = 0; mask && i < I; i++)
+    for (int j = 0; j < J; j++) total[i][j] = masked(total[i][j], mask + i * WORDS, k + j * L);
+  for (int64_t group = 1; group < groups; group++) {
+    vf terms[I][J];
+    ranks_sum<I, J>(terms, s, R, bt, ldb, group * each, (group + 1) * each);
+    for (int i = 0; i < I; i++)
+      for (int j = 0; j < J; j++)
+        total[i][j] += mask ? masked(terms[i][j], mask + (group * TILE_ROWS + i) * WORDS, k + j * L) : terms[i][j];
+  }
+  for (int i = 0; i < I; i++) {
+    typename D::T* to = y + i * ldy;
+    if (columns == BLOCK_COLUMNS) {
+      for (int j = 0; j < J; j += 2) {
+        const vf a = fma(splat(scale), total[i][j], D::widen(to + j * L));
+        D::narrow_pair(to + j * L, a, fma(splat(scale), total[i][j + 1], D::widen(to + (j + 1) * L)));
+      }
+    } else {
+      for (int j = 0; j < J && j * L < columns; j++) {
+        const int64_t some = at_most(L, columns - j * L);
+        narrow_some<D>(to + j * L, fma(splat(scale), total[i][j], widen_some<D>(to + j * L, some)), some);
+      }
+    }
+  }
+}
+
 // y[M][N] += scale · Σ over groups of drop(s bt), for bt [R, ldb] in float32, zero from N on to a multiple of 64.
 template <class D>
 void low_rank_update(typename D::T* y, int64_t ldy, const float* s, const float* bt, int64_t ldb, int64_t M, int64_t N,
                      int64_t R, int64_t groups, const Dropout& dropout, float scale, int threads) {
-  constexpr int64_t WIDTH = 256;
-  const int64_t each = R / groups;
+  constexpr int I = L == 8 ? 3 : 4;
   parallel(threads, parts_of(M, TILE_ROWS), [&](int64_t part) {
     const int64_t row = part * TILE_ROWS, rows = at_most(TILE_ROWS, M - row);
-    alignas(64) float total[TILE_ROWS * WIDTH], terms[TILE_ROWS * WIDTH];
-    alignas(64) uint16_t mask[WIDTH + MASK_EXTRA];
-    for (int64_t first = 0; first < N; first += WIDTH) {
-      const int64_t columns = at_most(WIDTH, N - first), whole = parts_of(columns, 64) * 64;
-      for (int64_t m = 0; m < rows; m++) prefetch(y + (row + m) * ldy + first + WIDTH, WIDTH * sizeof(typename D::T));
-      for (int64_t group = 0; group < groups; group++) {
-        const int64_t r = group * each;
-        float* out = group ? terms : total;
-        axpy_tile<true>(out, WIDTH, rows, s + row * R + r, R, 1, bt + r * ldb + first, ldb, whole, each);
-        for (int64_t m = 0; dropout.on() && m < rows; m++) {
-          dropout.keep(mask, group, row + m, first, columns);
-          for (int64_t k = m * WIDTH; k < m * WIDTH + whole; k += L) {
-            const vf term = masked(load<vf>(out + k), mask + (k - m * WIDTH));
-            store(total + k, group ? load<vf>(total + k) + term : term);
-          }
-        }
-      }
+    Scratch<uint16_t> masks(dropout.on() ? groups * TILE_ROWS * mask_words(UPDATE_COLUMNS) : 0);
+    for (int64_t first = 0; first < N; first += UPDATE_COLUMNS) {
+      const int64_t columns = at_most(UPDATE_COLUMNS, N - first);
       for (int64_t m = 0; m < rows; m++) {
-        typename D::T* to = y + (row + m) * ldy + first;
-        const float* sum = total + m * WIDTH;
-        int64_t k = 0;
-        for (; k + L <= columns; k += L) D::narrow(to + k, fma(splat(scale), load<vf>(sum + k), D::widen(to + k)));
-        if (k < columns)
-          narrow_some<D>(to + k, fma(splat(scale), load<vf>(sum + k), widen_some<D>(to + k, columns - k)), columns - k);
+        prefetch(y + (row + m) * ldy + first + UPDATE_COLUMNS, UPDATE_COLUMNS * sizeof(typename D::T));
+        for (int64_t group = 0; dropout.on() && group < groups; group++)
+          dropout.keep(masks + (group * TILE_ROWS + m) * mask_words(UPDATE_COLUMNS), group, row + m, first, columns);
+      }
+      for (int64_t k = 0; k < columns; k += BLOCK_COLUMNS) {
+        const int64_t some = at_most(BLOCK_COLUMNS, columns - k);
+        for (int64_t m = 0, taken; m < rows; m += taken) {
+          taken = m + I <= rows ? I : 1;
+          typename D::T* to = y + (row + m) * ldy + first + k;
+          const uint16_t* mask = dropout.on() ? masks + m * mask_words(UPDATE_COLUMNS) : nullptr;
+          const float *si = s + (row + m) * R, *b = bt + first + k;
+          if (taken == I) update_block<D, I>(to, ldy, si, b, ldb, some, R, groups, mask, k, scale);
+          else update_block<D, 1>(to, ldy, si, b, ldb, some, R, groups, mask, k, scale);
+        }
       }
     }
   });

@@ -19,6 +19,17 @@ struct Weight {
   float scale(int64_t block) const {
     return absmax ? absmax[block] : map[codes[block]] * nested[block >> 8] + *offset;
   }
+  void scales(float* out, int64_t first, int64_t n) const {
+    if (absmax) {
+      memcpy(out, absmax + first, n * sizeof(float));
+      return;
+    }
+    for (int64_t block = first, stop; block < first + n; block = stop) {
+      stop = at_most((block | 255) + 1, first + n);
+      const float by = nested[block >> 8], shift = *offset;
+      for (int64_t b = block; b < stop; b++) out[b - first] = map[codes[b]] * by + shift;
+    }
+  }
 };
 
 template <int BYTES> struct Entries;  // the table of one block, by the width of what is looked up

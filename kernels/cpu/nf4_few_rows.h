@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int MAX_FEW = 3;
+constexpr int MAX_FEW = 4;  // whose sums fit into registers
 constexpr int FEW_ROWS = L == 16 ? 4 : 2;  // of W at once
 
 // apart[m][k]: groups of 2 L elements of x, the even ones first.

@@ -11,8 +11,9 @@ import torch
 
 from . import native
 
-_SLAB = 1 << 21  # elements: 4 MiB in 16 bits stay in a shared cache
-FEW, FEW_DX = 16, 5  # rows of x, of dy that the library multiplies itself: above, torch is faster with its slabs
+FEW, FEW_DX = 16, 8  # rows of x, of dy that the library multiplies itself: above, torch is faster with its slabs
+MANY = 128  # rows from which slabs are larger, so that there are fewer products
+_SLAB, _SLAB_OF_MANY = 1 << 21, 1 << 23  # elements; in 16 bits 4 MiB, which stay in a shared cache, and 16
 _local = threading.local()
 
 
@@ -22,8 +23,11 @@ def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tens
     bias = None if bias is None else bias.to(x.dtype)
     y = torch.empty(M, N, dtype=x.dtype)
     if M > FEW:
-        for rows, w in decoded_rows(weight, x.dtype):
-            y[:, rows] = torch.nn.functional.linear(x, w, None if bias is None else bias[rows])
+        for rows, w in decoded_rows(weight, x.dtype, _slab(M)):
+            if bias is None:
+                torch.mm(x, w.t(), out=y[:, rows])
+            else:
+                torch.addmm(bias[rows], x, w.t(), out=y[:, rows])
         return y
     x, bias = native.rows(x), None if bias is None else bias.contiguous()
     arguments, _held = native.weight_arguments(weight)
@@ -38,9 +42,9 @@ def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
     """dx [M, K] = dy [M, N] deq(W), in the dtype of dy."""
     (N, K), M = weight.shape, dy.shape[0]
     dx = torch.empty(M, K, dtype=dy.dtype)
-    if M > FEW_DX:
-        for columns, w in _decoded_columns(weight, dy.dtype):
-            dx[:, columns] = dy @ w
+    if M > FEW_DX or K % weight.blocksize:
+        for columns, w in _decoded_columns(weight, dy.dtype, _slab(M)):
+            torch.mm(dy, w, out=dx[:, columns])
         return dx
     dy = native.rows(dy)
     arguments, _held = native.weight_arguments(weight)
@@ -52,20 +56,24 @@ def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
 
 def nf4_linear_dx_add_(dx: torch.Tensor, dy: torch.Tensor, weight) -> torch.Tensor:
     """dx [M, K] += dy [M, N] deq(W), in place and returned."""
-    if dy.shape[0] <= FEW_DX:
+    if dy.shape[0] <= FEW_DX and weight.shape[1] % weight.blocksize == 0:
         return dx.add_(nf4_linear_dx(dy, weight))
-    for columns, w in _decoded_columns(weight, dy.dtype):
+    for columns, w in _decoded_columns(weight, dy.dtype, _slab(dy.shape[0])):
         dx[:, columns].addmm_(dy, w)
     return dx
 
 
-def decoded_rows(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows, deq(W)[rows] in dtype), a slab at a time, each in the memory of the one before."""
+def _slab(M: int) -> int:
+    return _SLAB if M < MANY else _SLAB_OF_MANY
+
+
+def decoded_rows(weight, dtype: torch.dtype, slab: int = _SLAB) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, deq(W)[rows] in dtype), at most `slab` elements at a time, each in the memory of the ones before."""
     N, K = weight.shape
-    step = max(1, _SLAB // max(1, K))
+    step = min(N, max(1, slab // max(1, K)))
     arguments, _held = native.weight_arguments(weight)
     w = _workspace(step * K, dtype)
-    for start in range(0, N, step):
+    for start in range(0, N, max(1, step)):
         rows = slice(start, min(start + step, N))
         first, last = start * K, rows.stop * K
         native.lib.nf4_dequantize(
@@ -74,13 +82,13 @@ def decoded_rows(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tens
         yield rows, w[: last - first].view(-1, K)
 
 
-def _decoded_columns(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(columns, deq(W)[:, columns] in dtype), a slab at a time, each in the memory of the one before."""
+def _decoded_columns(weight, dtype: torch.dtype, slab: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(columns, deq(W)[:, columns] in dtype), at most `slab` elements or 64 columns at a time, each as above."""
     N, K = weight.shape
-    step = max(64, _SLAB // max(1, N))
+    step = min(K, max(64, slab // max(1, N)))
     arguments, _held = native.weight_arguments(weight)
     w = _workspace(step * N, dtype)
-    for start in range(0, K, step):
+    for start in range(0, K, max(1, step)):
         stop = min(start + step, K)
         native.lib.nf4_columns(
             w.data_ptr(), native.DTYPES[dtype], *arguments, N, K, start, stop, native.threads(N * (stop - start))

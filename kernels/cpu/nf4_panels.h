@@ -1,15 +1,12 @@
-// y = x deq(W)ᵀ and dx = dy deq(W) for any W and as many rows of x as a core's second cache holds: W is decoded a panel
-// at a time into the first cache and multiplied there. Weights are rounded to the dtype of x, sums are float32.
+// y = x deq(W)ᵀ for any W and as many rows of x as a core's second cache holds: W is decoded a panel at a time into the
+// first cache and multiplied there. Weights are rounded to the dtype of x, sums are float32.
 #pragma once
 #include "nf4_decode.h"
 #include "tiles.h"
 
 namespace {
 
-constexpr int64_t PANEL_ROWS = 8, PANEL_BYTES = 2048;  // of W, forward
-constexpr int64_t PANEL_COLUMNS = 256, PANEL_DEPTH = 16;  // backward
-
-inline int64_t padded(int64_t n, int64_t to) { return parts_of(n, to) * to; }
+constexpr int64_t PANEL_ROWS = 8, PANEL_BYTES = 2048;  // of W
 
 // out[m][k] = x[m][k] in float32, zeros from K to ldo.
 template <class D> void widen_rows(float* out, int64_t ldo, const typename D::T* x, int64_t ldx, int64_t M, int64_t K) {
@@ -46,29 +43,6 @@ void panels(typename D::T* y, const typename P::T* x, int64_t ldx, const Weight&
       sums(total, parts + m * PANEL_ROWS * L, rows);
       for (int64_t r = 0; r < rows; r++) narrow_some<D>(y + m * N + n + r, splat(total[r] + shift[r]), 1);
     }
-  });
-}
-
-// dx[m][k] = Σ_n dy[m][n] W[n][k], dy [M, N] in float32.
-template <class D>
-void panels_dx(typename D::T* dx, const float* dy, const Weight& w, int64_t M, int64_t N, int64_t K, int threads) {
-  parallel(threads, parts_of(K, PANEL_COLUMNS), [&](int64_t part) {
-    const int64_t k = part * PANEL_COLUMNS, columns = at_most(PANEL_COLUMNS, K - k), whole = padded(columns, 64);
-    Scratch<float> sums(M * PANEL_COLUMNS);
-    memset(sums, 0, M * PANEL_COLUMNS * sizeof(float));
-    alignas(64) float panel[PANEL_DEPTH * PANEL_COLUMNS] = {};
-    for (int64_t n = 0; n < N; n += PANEL_DEPTH) {
-      const int64_t rows = at_most(PANEL_DEPTH, N - n);
-      for (int64_t r = 0; r < rows; r++)
-        decode<Rounded<D>>(panel + r * PANEL_COLUMNS, w, (n + r) * K + k, (n + r) * K + k + columns);
-      axpy_tile<false>(sums, PANEL_COLUMNS, M, dy + n, N, 1, panel, PANEL_COLUMNS, whole, rows);
-    }
-    for (int64_t m = 0; m < M; m++)
-      for (int64_t i = 0; i < columns; i += L) {
-        const vf v = load<vf>(sums + m * PANEL_COLUMNS + i);
-        if (i + L <= columns) D::narrow(dx + m * K + k + i, v);
-        else narrow_some<D>(dx + m * K + k + i, v, columns - i);
-      }
   });
 }
 

@@ -146,10 +146,11 @@ struct F32 {
   static float widen_one(T x) { return x; }
   static vf widen(const T* p) { return load<vf>(p); }
   static void narrow(T* p, vf v) { store(p, v); }
+  static void narrow_pair(T* p, vf a, vf b) { narrow(p, a), narrow(p + L, b); }
   static vf round(vf v) { return v; }
 };
 
-struct BF16 {  // to nearest, ties to even, in integers: vcvtneps2bf16 takes subnormals for zeros
+struct BF16 {  // to nearest, ties to even; in integers where there are subnormals, which vcvtneps2bf16 takes for zeros
   typedef uint16_t T;
   static constexpr bool PAIRS = true;
   static float widen_one(T x) {
@@ -164,7 +165,19 @@ struct BF16 {  // to nearest, ties to even, in integers: vcvtneps2bf16 takes sub
     return v == v ? bits + 0x7fff + (bits >> 16 & 1) : (bits | 0x400000);
   }
   static vf round(vf v) { return (vf)(rounded(v) & 0xffff0000u); }
-  static void narrow(T* p, vf v) { store(p, low_halves(rounded(v) >> 16)); }
+  static void narrow(T* p, vf v) {
+#if defined(ISA_AVX512BF16)
+    if (!_mm512_fpclass_ps_mask((__m512)v, 0x20)) return store(p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#endif
+    store(p, low_halves(rounded(v) >> 16));
+  }
+  static void narrow_pair(T* p, vf a, vf b) {
+#if defined(ISA_AVX512BF16)
+    const __mmask16 subnormal = _mm512_fpclass_ps_mask((__m512)a, 0x20) | _mm512_fpclass_ps_mask((__m512)b, 0x20);
+    if (!subnormal) return store(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+#endif
+    narrow(p, a), narrow(p + L, b);
+  }
 };
 
 struct F16 {
@@ -195,6 +208,7 @@ struct F16 {
     for (int i = 0; i < L; i++) p[i] = float_to_half(v[i]);
 #endif
   }
+  static void narrow_pair(T* p, vf a, vf b) { narrow(p, a), narrow(p + L, b); }
   static vf round(vf v) {
     T half[L];
     narrow(half, v);
@@ -235,6 +249,7 @@ template <class F> inline void parallel(int threads, int64_t parts, F f) {
 
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+inline int64_t padded(int64_t n, int64_t to) { return parts_of(n, to) * to; }
 
 template <class T> struct Scratch {  // n elements on a cache line, until the end of the scope
   T* p;
