@@ -5,10 +5,13 @@ import torch
 
 from numerics import assert_as_accurate
 from peft_ops import nf4
+from peft_ops.reference import bottleneck_adapter as reference_adapter
 from peft_ops.reference import dora as reference_dora
+from peft_ops.reference import gated as reference_gated
+from peft_ops.reference.activations import ACTIVATIONS, activate, derivative
 
 try:
-    from peft_ops.kernels.cpu import dora
+    from peft_ops.kernels.cpu import bottleneck_adapter, dora, gated
 except ImportError:
     dora = None
 
@@ -125,6 +128,90 @@ def test_dora_of_no_rows(isa):
     assert torch.equal(dg, torch.zeros(5))
 
 
+def truths(z, activation):
+    return activate(z, activation), derivative(z, activation)
+
+
+def activated(z, activation):
+    """act(z) and act'(z), as the native gated product gives them."""
+    one = torch.ones_like(z)[None]
+    h, slope, _ = gated.gated_gradients(one.clone(), z[None], one, activation)
+    return h[0], slope[0]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_over_the_whole_range(isa, activation):
+    """As near to float64 as float32 comes, and finite where the reference is."""
+    large = torch.logspace(-45, 38, 997)
+    z = torch.cat([torch.linspace(-20, 20, 9001), large, -large, torch.tensor([0.0, 1e-45, -89, -104])])
+    results = activated(z, activation), truths(z, activation), truths(z.double(), activation)
+    for ours, plain, truth in zip(*results, strict=True):
+        finite = plain.isfinite()  # the derivative of gelu_new is not where z² overflows
+        assert torch.equal(ours.isfinite(), finite)
+        error = (ours.double() - truth).abs() / (1 + truth.abs())
+        assert error[finite].max() < 2.5e-7
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    for ours, other in zip(activated(special, activation), truths(special, activation), strict=True):
+        assert torch.equal(ours.isfinite(), other.isfinite())
+
+
+def test_gelu_is_accurate_in_its_lower_tail(isa):
+    z = torch.linspace(-10, 0, 1001)[:-1]
+    exact = 0.5 * z.double() * torch.special.erfc(-z.double() * 0.5**0.5)
+    assert ((activated(z, "gelu")[0] - exact) / exact).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("layout", ["as it is", "transposed", "sliced"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("M", "N"), [(0, 5), (1, 9), (13, 70), (3, 17000)])
+def test_gated(isa, M, N, dtype, activation, layout):
+    dh, g, u = (laid_out(torch.randn(M, N).to(dtype), layout) for _ in range(3))
+    if M == 0:
+        assert gated.gated(g, u, activation).shape == (M, N)
+        return
+    assert_matches("h", gated.gated, reference_gated.gated, (g, u, activation))
+    ours = lambda dh, *rest: gated.gated_gradients(dh.clone(), *rest)
+    reference = lambda dh, *rest: reference_gated.gated_gradients(dh.clone(), *rest)
+    assert_matches("h dg du", ours, reference, (dh, g, u, activation), times=3)
+
+
+def test_gated_gradients_in_the_memory_of_dh_count_as_a_write():
+    dh, g, u = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8)
+    before = dh._version
+    _, dg, _ = gated.gated_gradients(dh, g, u, "silu")
+    assert (dg.data_ptr(), dh._version > before) == (dh.data_ptr(), True)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "tanh", "linear"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("M", "N", "R"), [*SIZES, (20, 96, 256)])
+def test_the_way_up_from_a_bottleneck(isa, M, N, R, dtype, activation):
+    s, bias, weight, up_bias = torch.randn(M, R), torch.randn(R), torch.randn(N, R), torch.randn(N, dtype=dtype)
+    for shift, up_shift, residual, out in (
+        (bias, up_bias, torch.randn(M, N, dtype=dtype), dtype),
+        (None, None, None, dtype),
+        (None, up_bias, laid_out(torch.randn(M, N), "transposed"), dtype),
+        (bias, None, laid_out(torch.randn(M, N).to(dtype), "sliced"), torch.float32),
+    ):
+        arguments = (s, shift, weight, up_shift, activation, 0.7, residual)
+        ours, same = (f(*arguments, out) for f in (bottleneck_adapter.up_project, reference_adapter.up_project))
+        exact = reference_adapter.up_project(*map(double, arguments), torch.float64)
+        assert_as_accurate("y", ours, same, exact)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("M", "N", "R"), SIZES)
+def test_gradients_of_the_way_up(isa, M, N, R, dtype, layout):
+    dy = laid_out(torch.randn(M, N).to(dtype), layout)
+    s, bias, weight = torch.randn(M, R), torch.randn(R), torch.randn(N, R)
+    functions = bottleneck_adapter.up_project_gradients, reference_adapter.up_project_gradients
+    for shift, need_weight, need_bias in ((bias, True, True), (None, False, True), (bias, True, False)):
+        arguments = (dy, s, shift, weight, "gelu", 0.7, need_weight, need_bias)
+        assert_matches("dz dweight dup_bias", *functions, arguments, times=3)
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_results_do_not_depend_on_the_number_of_threads(isa):
     w, dy, u = (torch.randn(300, 700, dtype=torch.bfloat16) for _ in range(3))
@@ -133,6 +220,9 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
     def results():
         yield from (dora.dora_norm(t, a, b, 1.0) for t in (w, laid_out(w, "transposed"), weight))
         yield from dora.dora_gradients(dy, u, g, True)
+        yield gated.gated(dy, u, "gelu")
+        yield from bottleneck_adapter.up_project_gradients(dy, b, None, a.t(), "silu", 1.0, True, True)
+        yield bottleneck_adapter.up_project(b, None, a.t(), None, "silu", 1.0, u, u.dtype)
 
     two = list(results())
     torch.set_num_threads(1)

@@ -18,6 +18,7 @@ from ..nf4_tables import nf4_tables
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")  # best first
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {name: i for i, name in enumerate(("linear", "relu", "leakyrelu", "gelu", "gelu_new", "silu", "tanh"))}
 
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _WEIGHT = (_P, _P, _P, _P, _P, _P, _N)  # packed, absmax, codes, nested, offset, map, blocksize
@@ -37,6 +38,9 @@ _ARGUMENTS = {
     "dora_norm_of_columns": (_P, _P, _I, _N, _P, _P, _N, _N, _N, _N, _I),
     "nf4_dora_norm": (_P, *_WEIGHT, _P, _N, _P, _N, _N, _N, _I),
     "scaled_and_summed": (_P, _P, _P, _I, _N, _P, _N, _P, _N, _N, _I),
+    "activated": (_P, _P, _P, _P, _I, _N, _N, _I),
+    "gated": (_P, _P, _N, _P, _N, _I, _I, _N, _N, _I),
+    "gated_gradients": (_P, _P, _P, _P, _N, _P, _N, _P, _N, _I, _I, _N, _N, _I),
     "low_rank_output": (_P, _I, _N, _P, _I, _N, _P, _P, _N, _P, _P, _N, _N, _N, _F, _I),
 }
 

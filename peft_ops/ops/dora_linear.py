@@ -146,8 +146,7 @@ def dora_norm(
     check_weight(weight)
     check_device(lora_a, "lora_a", weight=stored(weight), lora_b=lora_b)
     check_adapter(lora_a, weight, lora_a, lora_b)
-    widest = max((lora_a, lora_b, stored(weight)), key=lambda t: t.dtype.itemsize)
-    return implementation("dora", widest).dora_norm(weight, lora_a, lora_b, float(scaling))
+    return implementation("dora", lora_a).dora_norm(weight, lora_a, lora_b, float(scaling))
 
 
 _exported = kept_by_export(
