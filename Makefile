@@ -13,7 +13,7 @@ KERNEL_TESTS := tests/test_nf4.py tests/test_nf4_linear.py tests/test_lora_linea
 	$(addprefix tests/test_gated_mlp.py::test_,gated_and_its_gradients gated_takes_any_strides_and_keeps_infinities_and_nan \
 	forward_and_gradients more_blocks_than_one no_rows)
 NATIVE_TESTS := tests/test_nf4.py tests/test_nf4_linear.py tests/test_lora_linear.py tests/test_dora_linear.py \
-	tests/test_lora_projections.py
+	tests/test_lora_projections.py tests/test_bottleneck_adapter.py tests/test_gated_mlp.py
 # gradcheck is in float64, which the reference computes whatever is asked for
 FLOAT32 := -k "not gradcheck"
 NATIVE_SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.inc)
@@ -45,7 +45,7 @@ sanitize: $(VENV)/.ready  ## the native library's tests under AddressSanitizer a
 		--build-lib $(OUT)/sanitize --build-temp $(OUT)/sanitize/temp
 	PEFT_OPS_CPU_LIBRARY=$$(ls $(OUT)/sanitize/peft_ops/kernels/cpu/_native*) ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=halt_on_error=1 LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests/test_native.py tests/test_nf4_linear.py
+		OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests/test_native.py tests/test_native_ops.py tests/test_nf4_linear.py
 
 interpret: $(VENV)/.ready  ## the Triton kernels on CPU tensors, held against the reference
 	TRITON_INTERPRET=1 PEFT_OPS_BACKEND=peft_ops.kernels $(PYTEST) $(KERNEL_TESTS) -m "not gpu" $(FLOAT32)

@@ -38,6 +38,28 @@ def device(request):
     return torch.device(request.param)
 
 
+@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"])
+def isa(request):
+    """Each instruction set of the native library in turn; a machine without it skips."""
+    native = pytest.importorskip(
+        "peft_ops.kernels.cpu.native", reason="the native library is not built", exc_type=ImportError
+    )
+    if request.param not in native.runs():
+        pytest.skip(f"this machine does not run {request.param}")
+    chosen = native.ISA
+    native.use(request.param)
+    yield request.param
+    native.use(chosen)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

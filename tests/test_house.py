@@ -104,6 +104,7 @@ SHARED = {
     "linear_few_rows.py",
     "linear_tma.py",
     "logits.py",
+    "low_rank_output.py",
     "measured.py",
     "native.py",
     "nf4_tables.py",

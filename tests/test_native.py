@@ -30,25 +30,6 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 built = pytest.mark.skipif(native is None, reason="the native library is not built")
 
 
-@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"])
-def isa(request):
-    """Each instruction set in turn; a machine without it skips."""
-    if request.param not in native.runs():
-        pytest.skip(f"this machine does not run {request.param}")
-    chosen = native.ISA
-    native.use(request.param)
-    yield request.param
-    native.use(chosen)
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environment}

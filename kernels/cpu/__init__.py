@@ -1,7 +1,9 @@
 """The native CPU library and its launchers. Importing it raises ImportError where the library is not built."""
 
+from . import bottleneck_adapter as bottleneck_adapter
 from . import dora as dora
 from . import down_project as down_project
+from . import gated as gated
 from . import linear_low_rank as linear_low_rank
 from . import low_rank as low_rank
 from . import nf4 as nf4

@@ -16,7 +16,9 @@ import torch  # loads its OpenMP runtime first, which the library then shares
 from ..nf4_tables import nf4_tables
 
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")  # best first
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {name: i for i, name in enumerate(("linear", "relu", "leakyrelu", "gelu", "gelu_new", "silu", "tanh"))}
 
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _WEIGHT = (_P, _P, _P, _P, _P, _P, _N)  # packed, absmax, codes, nested, offset, map, blocksize
@@ -32,6 +34,14 @@ _ARGUMENTS = {
     "absmax_quantize": (_P, _P, _P, _N, _P, _P, _I),
     "nf4_linear": (_P, _P, _I, _N, *_WEIGHT, _P, _N, _N, _N, _I),
     "nf4_linear_dx": (_P, _P, _I, _N, *_WEIGHT, _N, _N, _N, _I),
+    "dora_norm": (_P, _P, _I, _N, _P, _N, _P, _N, _N, _N, _I),
+    "dora_norm_of_columns": (_P, _P, _I, _N, _P, _P, _N, _N, _N, _N, _I),
+    "nf4_dora_norm": (_P, *_WEIGHT, _P, _N, _P, _N, _N, _N, _I),
+    "scaled_and_summed": (_P, _P, _P, _I, _N, _P, _N, _P, _N, _N, _I),
+    "activated": (_P, _P, _P, _P, _I, _N, _N, _I),
+    "gated": (_P, _P, _N, _P, _N, _I, _I, _N, _N, _I),
+    "gated_gradients": (_P, _P, _P, _P, _N, _P, _N, _P, _N, _I, _I, _N, _N, _I),
+    "low_rank_output": (_P, _I, _N, _P, _I, _N, _P, _P, _N, _P, _P, _N, _N, _N, _F, _I),
 }
 
 
@@ -143,6 +153,18 @@ def _held(t: torch.Tensor | None, dtype: torch.dtype, n: int) -> torch.Tensor | 
 def rows(t: torch.Tensor) -> torch.Tensor:
     """t [M, K] with neighbours in a row side by side in memory: itself where it is so."""
     return t if t.stride(1) == 1 else t.contiguous()
+
+
+def memory(t: torch.Tensor) -> torch.Tensor:
+    """t where the library can read it: itself, or a copy of what is no plain tensor or has a dtype of its own."""
+    if type(t) in _PLAIN and t.dtype in DTYPES:
+        return t
+    return torch.empty(t.shape, dtype=t.dtype if t.dtype in DTYPES else torch.float32).copy_(t)
+
+
+def padded(t: torch.Tensor) -> torch.Tensor:
+    """t [N] in float32 with zeros behind the last, as `operand`."""
+    return operand(t[None])[0]
 
 
 def operand(t: torch.Tensor) -> torch.Tensor:
