@@ -61,6 +61,7 @@ void linear(typename D::T* y, const typename D::T* x, int64_t ldx, const Weight&
 template <class D>
 void linear_dx(typename D::T* dx, const typename D::T* dy, int64_t ldy, const Weight& w, int64_t M, int64_t N,
                int64_t K, int threads) {
+  if (M == 0) return;
   Scratch<float> rows(M * N), sums(M * K);
   for (int64_t m = 0; m < M; m++)
     for (int64_t n = 0; n < N; n++) rows[m * N + n] = D::widen_one(dy[m * ldy + n]);
