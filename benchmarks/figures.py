@@ -111,11 +111,10 @@ def log_probs(folder: Path) -> list[str]:
 def steps(folder: Path) -> list[str]:
     """Tokens per second and peak memory of a Llama's training step."""
     results, report, rows = cases(folder, "Llama step")
-    largest = {row: cells for row, cells in rows.items() if row[1] == max(r[1] for r in rows)}
-    if not largest:
+    if not rows:
         return []
     cell = lambda cells, name: f"{rate(cells[name]['tokens_per_s'])}, {megabytes(cells[name], 'peak_bytes')}"  # noqa: E731
-    return [source(results, report), "", *table(largest, cell)]
+    return [source(results, report), "", *table(rows, cell)]
 
 
 def methods(folder: Path) -> list[str]:

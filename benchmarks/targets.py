@@ -95,8 +95,8 @@ GPU = (
 
 # On a CPU.
 _CODEC = ((SQUARE,), (0,), ("plain", "nested"), "bitsandbytes")
-_BITS = ("test_nf4_linear", "nf4_linear forward", (SQUARE,))
-_LORA = ("test_lora_linear", "lora_linear forward + backward", (LAYER,), (1024,))
+_BITS_ON_CPU = ("test_nf4_linear", "nf4_linear forward", (SQUARE,))
+_LORA_ON_CPU = ("test_lora_linear", "lora_linear forward + backward", (LAYER,), (1024,))
 _STEP, _NARROW, _WIDE = ("test_llama_step", "Llama step"), (((896, 256),), (4096,)), (((3584, 1024),), (1024,))
 _LORA_P0, _LORA_P1, _QLORA_P0, _QLORA_P1 = _STEPS = tuple(
     f"{method}, p={p}, length 128" for method in ("LoRA", "QLoRA") for p in ("0.0", "0.1")
@@ -104,12 +104,12 @@ _LORA_P0, _LORA_P1, _QLORA_P0, _QLORA_P1 = _STEPS = tuple(
 CPU = (
     Target("test_nf4", "nf4 dequantize into out", *_CODEC, at_least=5.0),
     Target("test_nf4", "nf4 quantize", *_CODEC, at_least=20.0),
-    Target(*_BITS, (1,), ("training mode",), "bitsandbytes", at_least=12.0),
-    Target(*_BITS, (16,), ("training mode",), "bitsandbytes", at_least=4.0),
-    Target(*_BITS, (256,), ("training mode",), "bitsandbytes", at_least=1.4),
-    Target(*_BITS, (1,), ("",), "bitsandbytes", at_least=1.0),
-    Target(*_LORA, ("p=0.0",), FLOOR, at_most=1.10),
-    Target(*_LORA, ("p=0.1",), FLOOR, at_most=1.20),
+    Target(*_BITS_ON_CPU, (1,), ("training mode",), "bitsandbytes", at_least=12.0),
+    Target(*_BITS_ON_CPU, (16,), ("training mode",), "bitsandbytes", at_least=4.0),
+    Target(*_BITS_ON_CPU, (256,), ("training mode",), "bitsandbytes", at_least=1.4),
+    Target(*_BITS_ON_CPU, (1,), ("",), "bitsandbytes", at_least=1.0),
+    Target(*_LORA_ON_CPU, ("p=0.0",), FLOOR, at_most=1.10),
+    Target(*_LORA_ON_CPU, ("p=0.1",), FLOOR, at_most=1.20),
     Target("test_qlora_linear", "qlora_linear forward + backward", (LAYER,), (1024,), _BOTH, FLOOR, at_most=1.25),
     *(Target(*_STEP, *model, _STEPS, "full fine-tuning", at_most=1.0) for model in (_NARROW, _WIDE)),
     Target(*_STEP, *_NARROW, (_LORA_P0,), "PEFT", at_least=1.45),

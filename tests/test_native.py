@@ -155,11 +155,14 @@ def test_skinny_products_are_those_of_the_reference(isa, M, N, K, R, dtype):
 @built
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("N", "K"), [(37, 128), (8, 96), (11, 53), (70, 640)])
-def test_linear_is_that_of_the_reference(isa, N, K, dtype, double_quant):
-    weight = nf4.quantize(torch.randn(N, K), 64, double_quant)
+@pytest.mark.parametrize(
+    ("N", "K", "blocksize"), [(37, 128, 64), (8, 96, 64), (11, 53, 64), (70, 640, 64), (133, 1024, 256)]
+)
+def test_linear_is_that_of_the_reference(isa, N, K, blocksize, dtype, double_quant):
+    """The last: more parts than one, x in more pieces than one, blocks of several groups."""
+    weight = nf4.quantize(torch.randn(N, K), blocksize, double_quant)
     bias = torch.randn(N)
-    for M in (1, 2, 3, 4, 9, 33):
+    for M in (1, 2, 3, 4, 7, 9, 16, 33):
         x, dy = torch.randn(M, K, dtype=dtype), torch.randn(M, N, dtype=dtype)
         w = reference.nf4_dequantize(weight, dtype).view(N, K)
         assert_as_accurate(

@@ -43,7 +43,7 @@ void linear(typename D::T* y, const typename D::T* x, int64_t ldx, const Weight&
   }
   const int64_t ld = padded(K, 64);
 #if defined(ISA_AVX512BF16)
-  if constexpr (sizeof(typename D::T) == 2 && D::PAIRS) {
+  if constexpr (D::PAIRS) {
     Scratch<uint16_t> rows(M * ld);
     for (int64_t m = 0; m < M; m++) {
       memcpy(rows + m * ld, x + m * ldx, K * 2);

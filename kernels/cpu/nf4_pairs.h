@@ -14,7 +14,7 @@ constexpr int64_t MAX_PAIRED = 16;       // rows of x
 constexpr int64_t GROUP = 64;
 constexpr int64_t AHEAD = 8;             // rows of W, from which codes are fetched meanwhile
 constexpr int64_t LAID_BYTES = 1 << 14;  // of x at a time: half a first cache
-constexpr int64_t PART = 1 << 19;        // elements of W that a thread takes at once, many against what is fetched ahead
+constexpr int64_t PART_LEAST = 1 << 16, PART_MOST = 1 << 19;  // elements of W that a thread takes at once
 constexpr int WORDS = 8;                 // float32 in 256 bits
 
 inline bool pairs_fit(const Weight& w, int64_t M, int64_t K) {
@@ -80,16 +80,18 @@ inline float sum_of_words(const float* p) {
   return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
 }
 
-// y[M][N] in float32.
+// y[M][N] in float32. Parts are large against what is fetched ahead, and still four to a thread where W allows it; a row's
+// sums do not depend on the part that it is in.
 template <int M>
 void paired_rows(float* y, const uint16_t* laid, const Weight& w, int64_t N, int64_t K, int threads) {
   constexpr int ROWS = M <= 2 ? 4 : M <= 8 ? 2 : 1;
   const int64_t groups = K / GROUP, each = at_most(groups, parts_of(LAID_BYTES, M * GROUP * 2));
-  const int64_t rows = padded(parts_of(PART, K), ROWS);
+  const int64_t share = at_most(parts_of(N * K, 4 * threads), PART_MOST);
+  const int64_t rows = padded(parts_of(share < PART_LEAST ? PART_LEAST : share, K), ROWS);
   parallel(threads, parts_of(N, rows), [&](int64_t part) {
     const int64_t start = part * rows, some = at_most(rows, N - start);
-    Scratch<float> sums(rows * M * WORDS), scales(rows * groups);
-    memset(sums, 0, rows * M * WORDS * sizeof(float));
+    Scratch<float> sums(some * M * WORDS), scales(some * groups);
+    memset(sums, 0, some * M * WORDS * sizeof(float));
     for (int64_t n = 0; n < some; n++) group_scales(scales + n * groups, w, start + n, K);
     for (int64_t g = 0; g < groups; g += each) {
       const int64_t last = at_most(g + each, groups);

@@ -16,7 +16,7 @@ class CPUMemory:
     What was there before counts nothing, and so does freeing it. Operations run as they do without it: native code,
     compiled models, the backward. The thread that enters is recorded, with what autograd runs for it: memory that
     another thread frees counts as live to the end, what another thread allocates is not seen. Nor is memory that C++
-    code takes without torch: oneDNN's and MKL's own, and `Scratch` of kernels/cpu (less than 1 MiB for a weight
+    code takes without torch: oneDNN's and MKL's own, and `Scratch` of kernels/cpu (one or two MiB for a weight
     [4096, 4096]). Not to be nested, nor used under another profiler.
     """
 
