@@ -153,16 +153,26 @@ def ours_codec(w: torch.Tensor, nested: bool) -> tuple[Callable, Callable, Calla
 
 
 def bitsandbytes_codec(w: torch.Tensor, nested: bool) -> tuple[Callable, Callable, Callable]:
+    """On a CPU its dequantize_nf4 refuses `out`: there the third is what its users have, a fresh output."""
     functional = _needs("bitsandbytes").functional
     options = {"blocksize": BLOCKSIZE, "compress_statistics": nested}
     packed, state = functional.quantize_nf4(w, **options)
-    decode = functional.dequantize_nf4 if w.is_cuda else partial(_bitsandbytes_into, functional)
-    into = partial(decode, packed, state, out=torch.empty_like(w))
-    return lambda: functional.quantize_nf4(w, **options), lambda: functional.dequantize_nf4(packed, state), into
+    decode = partial(functional.dequantize_nf4, packed, state)
+    into = partial(decode, out=torch.empty_like(w)) if w.is_cuda else decode
+    return lambda: functional.quantize_nf4(w, **options), decode, into
+
+
+def bitsandbytes_c_codec(w: torch.Tensor, nested: bool) -> tuple[None, None, Callable]:
+    """Into a given tensor on a CPU, by the C function below dequantize_nf4, which no function of its own calls so."""
+    if w.is_cuda:
+        pytest.skip("on a GPU dequantize_nf4 takes out")
+    functional = _needs("bitsandbytes").functional
+    packed, state = functional.quantize_nf4(w, blocksize=BLOCKSIZE, compress_statistics=nested)
+    return None, None, partial(_bitsandbytes_into, functional, packed, state, torch.empty_like(w))
 
 
 def _bitsandbytes_into(functional, packed: torch.Tensor, state, out: torch.Tensor) -> torch.Tensor:
-    """On a CPU none of its functions takes `out`: here it goes to the C function below them (backends/cpu/ops.py)."""
+    """backends/cpu/ops.py of bitsandbytes, with an output that is given."""
     absmax = state.absmax
     if state.nested:
         absmax = functional.dequantize_blockwise(absmax, state.state2).add_(state.offset)
@@ -173,7 +183,7 @@ def _bitsandbytes_into(functional, packed: torch.Tensor, state, out: torch.Tenso
     return out
 
 
-CODECS = {"peft-ops": ours_codec, "bitsandbytes": bitsandbytes_codec}
+CODECS = {OURS: ours_codec, "bitsandbytes": bitsandbytes_codec, "bitsandbytes C": bitsandbytes_c_codec}
 
 
 def ours_prefix(query, key, value, prefix_key, prefix_value, is_causal: bool) -> torch.Tensor:

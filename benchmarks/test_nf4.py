@@ -19,7 +19,7 @@ def codec(benchmark, note):
         note(op, shape, "nested" if nested else "plain")
         call = CODECS[contender](torch.randn(shape.N, shape.K, device=DEVICE, dtype=DTYPE), nested)[which]
         if call is None:
-            pytest.skip("this revision does not decode into a given tensor")  # benchmarks.compare
+            pytest.skip("it has no such function")
         benchmark.extra_info["peak_bytes"] = peak_bytes(call)
         sample(benchmark, call, ON_GPU)
 
