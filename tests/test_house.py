@@ -99,6 +99,7 @@ SHARED = {
     "autotune.py",
     "candidates.py",
     "configs.py",
+    "heads.py",
     "launch.py",
     "launchers.py",
     "linear_few_rows.py",

@@ -1,5 +1,6 @@
 """The native CPU library and its launchers. Importing it raises ImportError where the library is not built."""
 
+from . import attention as attention
 from . import bottleneck_adapter as bottleneck_adapter
 from . import dora as dora
 from . import down_project as down_project
@@ -8,3 +9,4 @@ from . import linear_low_rank as linear_low_rank
 from . import low_rank as low_rank
 from . import nf4 as nf4
 from . import nf4_linear as nf4_linear
+from . import prefix_attention as prefix_attention

@@ -5,8 +5,14 @@
 namespace {
 
 inline vf bounded(vf x, float least, float most) {  // NaN stays
+#if defined(ISA_AVX512)
+  return (vf)_mm512_max_ps(_mm512_set1_ps(least), _mm512_min_ps(_mm512_set1_ps(most), (__m512)x));
+#elif defined(ISA_AVX2)
+  return (vf)_mm256_max_ps(_mm256_set1_ps(least), _mm256_min_ps(_mm256_set1_ps(most), (__m256)x));
+#else
   x = x > splat(most) ? splat(most) : x;
   return x < splat(least) ? splat(least) : x;
+#endif
 }
 
 inline vf power_of_two(vi n) { return (vf)((n + 127) << 23); }  // -126 <= n <= 127
@@ -32,8 +38,12 @@ inline vf reduced(vf x, vi& n) {
 inline vf exp(vf x) {
   vi n;
   const vf e = reduced(bounded(x, -104, 89), n) + 1.0f;
+#if defined(ISA_AVX512)
+  return (vf)_mm512_scalef_ps((__m512)e, _mm512_cvtepi32_ps((__m512i)n));
+#else
   const vi half = n >> 1;
   return e * power_of_two(half) * power_of_two(n - half);  // the last product alone may leave the normal range
+#endif
 }
 
 inline vf tanh(vf x) {

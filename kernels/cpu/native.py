@@ -21,6 +21,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {name: i for i, name in enumerate(("linear", "relu", "leakyrelu", "gelu", "gelu_new", "silu", "tanh"))}
 
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_P4, _P6 = (_P,) * 4, (_P,) * 6
 _WEIGHT = (_P, _P, _P, _P, _P, _P, _N)  # packed, absmax, codes, nested, offset, map, blocksize
 _DROPOUT = (_I, _P, _N, _F)  # threshold, seeds, groups, scale
 _ARGUMENTS = {
@@ -41,6 +42,10 @@ _ARGUMENTS = {
     "activated": (_P, _P, _P, _P, _I, _N, _N, _I),
     "gated": (_P, _P, _N, _P, _N, _I, _I, _N, _N, _I),
     "gated_gradients": (_P, _P, _P, _P, _N, _P, _N, _P, _N, _I, _I, _N, _N, _I),
+    "attention": (*_P6, _I, _P, _P, _I, _F, _I),
+    "attention_gradients": (*_P6, *_P4, _I, _P, _P, _I, _F, _I),
+    "prefix_merge": (*_P6, _I, _P, _P, _F, *_DROPOUT, *_DROPOUT, _I),
+    "prefix_gradients": (_P, _P, _P, _N, *_P6, _P, _I, _P, _P, _F, *_DROPOUT, *_DROPOUT, _I),
     "low_rank_output": (_P, _I, _N, _P, _I, _N, _P, _P, _N, _P, _P, _N, _N, _N, _F, _I),
 }
 

@@ -56,38 +56,63 @@ inline void dot_tile(float* sums, int64_t ld_sums, const typename P::T* x, int64
   for (; j < rows_w; j++) dot_rows<P, 1>(sums + j * L, ld_sums, x, ldx, rows_x, w + j * ldw, ldw, n);
 }
 
+// Words of 32 bits that are multiplied and summed: a float, or a pair of bfloat16 whose products are exact.
+struct Singles {
+  typedef float Word;
+  static constexpr int PER = 1;
+  static vf add(vf sum, Word a, vf b) { return fma(splat(a), b, sum); }
+};
+#if defined(ISA_AVX512BF16)
+struct Pairs {
+  typedef uint32_t Word;
+  static constexpr int PER = 2;
+  static vf add(vf sum, Word a, vf b) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+  }
+};
+#endif
+
 constexpr int BLOCK_COLUMNS = (L == 8 ? 2 : 4) * L;  // of axpy_tile; divides 64
 
-template <int I, bool FRESH>
-inline void axpy_block(float* c, int64_t ldc, const float* a, int64_t row_a, int64_t step_a, const float* b,
-                       int64_t ldb, int64_t columns, int64_t n) {
-  constexpr int J = BLOCK_COLUMNS / L;
-  for (int64_t k = 0; k < columns; k += BLOCK_COLUMNS) {
-    vf acc[I][J];
-    for (int i = 0; i < I; i++)
-      for (int j = 0; j < J; j++) acc[i][j] = FRESH ? vf{} : load<vf>(c + i * ldc + k + j * L);
-    for (int64_t r = 0; r < n; r++) {
-      vf br[J];
-      for (int j = 0; j < J; j++) br[j] = load<vf>(b + r * ldb + k + j * L);
-      for (int i = 0; i < I; i++) {
-        vf s = splat(a[i * row_a + r * step_a]);
-        for (int j = 0; j < J; j++) acc[i][j] = fma(s, br[j], acc[i][j]);
-      }
+template <class W, int I, int J, bool FRESH>
+inline void axpy_block(float* c, int64_t ldc, const typename W::Word* a, int64_t row_a, int64_t step_a,
+                       const typename W::Word* b, int64_t ldb, int64_t n) {
+  vf acc[I][J];
+  for (int i = 0; i < I; i++)
+    for (int j = 0; j < J; j++) acc[i][j] = vf{};
+  for (int64_t r = 0; r < n; r++) {
+    vf br[J];
+    for (int j = 0; j < J; j++) br[j] = load<vf>(b + r * ldb + j * L);
+    for (int i = 0; i < I; i++) {
+      const typename W::Word s = a[i * row_a + r * step_a];
+      for (int j = 0; j < J; j++) acc[i][j] = W::add(acc[i][j], s, br[j]);
     }
-    for (int i = 0; i < I; i++)
-      for (int j = 0; j < J; j++) store(c + i * ldc + k + j * L, acc[i][j]);
   }
+  for (int i = 0; i < I; i++)
+    for (int j = 0; j < J; j++) {
+      float* to = c + i * ldc + j * L;
+      store(to, FRESH ? acc[i][j] : load<vf>(to) + acc[i][j]);
+    }
 }
 
-// c[i][:] += Σ_r a[i · row_a + r · step_a] b[r][:], over n rows of b; FRESH: c[i][:] = that. columns is a multiple of
-// BLOCK_COLUMNS.
-template <bool FRESH>
-inline void axpy_tile(float* c, int64_t ldc, int64_t rows, const float* a, int64_t row_a, int64_t step_a,
-                      const float* b, int64_t ldb, int64_t columns, int64_t n) {
+template <class W, int I, bool FRESH>
+inline void axpy_rows(float* c, int64_t ldc, const typename W::Word* a, int64_t row_a, int64_t step_a,
+                      const typename W::Word* b, int64_t ldb, int64_t columns, int64_t n) {
+  constexpr int J = BLOCK_COLUMNS / L;
+  int64_t k = 0;
+  for (; k + J * L <= columns; k += J * L) axpy_block<W, I, J, FRESH>(c + k, ldc, a, row_a, step_a, b + k, ldb, n);
+  if (J > 2 && k + 2 * L <= columns) axpy_block<W, I, 2, FRESH>(c + k, ldc, a, row_a, step_a, b + k, ldb, n), k += 2 * L;
+  if (k < columns) axpy_block<W, I, 1, FRESH>(c + k, ldc, a, row_a, step_a, b + k, ldb, n);
+}
+
+// c[i][:] += Σ_r a[i · row_a + r · step_a] b[r][:], over n rows of b; FRESH: c[i][:] = that. columns is a multiple of L.
+template <bool FRESH, class W = Singles>
+inline void axpy_tile(float* c, int64_t ldc, int64_t rows, const typename W::Word* a, int64_t row_a, int64_t step_a,
+                      const typename W::Word* b, int64_t ldb, int64_t columns, int64_t n) {
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4)
-    axpy_block<4, FRESH>(c + i * ldc, ldc, a + i * row_a, row_a, step_a, b, ldb, columns, n);
-  for (; i < rows; i++) axpy_block<1, FRESH>(c + i * ldc, ldc, a + i * row_a, row_a, step_a, b, ldb, columns, n);
+    axpy_rows<W, 4, FRESH>(c + i * ldc, ldc, a + i * row_a, row_a, step_a, b, ldb, columns, n);
+  for (; i < rows; i++) axpy_rows<W, 1, FRESH>(c + i * ldc, ldc, a + i * row_a, row_a, step_a, b, ldb, columns, n);
 }
 
 }  // namespace

@@ -7,6 +7,8 @@ vanishes, so that such a row comes out finite, with a log-sum-exp so low that me
 
 import torch
 
+from .._backend import implementation
+
 _aten = torch.ops.aten
 _MAX_HEAD_DIM = 256  # of torch's flash attention on a GPU, and of our kernels
 
@@ -45,10 +47,7 @@ def attention(
         return out, query.new_full(query.shape[:3], -torch.inf, dtype=wide), ()
     q, k, v, bias = _arguments(kernel, query, key, value, mask)
     if kernel == "cpu":
-        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, p, is_causal, attn_mask=bias, scale=scaling
-        )
-        return out, lse, ()
+        return *implementation("attention", q).attention(q, k, v, bias, is_causal, scaling), ()
     if kernel == "flash":
         out, lse, cum_q, cum_k, _, _, *rng, _ = _aten._scaled_dot_product_flash_attention(
             q, k, v, p, is_causal, False, scale=scaling
@@ -68,9 +67,8 @@ def attention_gradients(
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     q, k, v, bias = _arguments(kernel, query, key, value, mask)
     if kernel == "cpu":
-        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _dense(dout), q, k, v, out, lse, p, is_causal, attn_mask=bias, scale=scaling
-        )
+        gradients = implementation("attention", q).attention_gradients
+        return gradients(dout, q, k, v, bias, out, lse, is_causal, scaling)
     if kernel == "flash":
         cum_q, cum_k, *rng = state
         return _aten._scaled_dot_product_flash_attention_backward(
@@ -87,7 +85,7 @@ def attention_gradients(
 def _arguments(kernel, query, key, value, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(query, key, value, bias) as a kernel wants them; views where they are so already."""
     if kernel == "cpu":
-        return _dense(query), _dense(key), _dense(value), _additive(mask, query, key, 1)
+        return query, key, value, _additive(mask, query, key, 1)
     q, k, v = map(_aligned, (query, key, value))
     if kernel == "flash":
         return q, k, v, None
@@ -99,10 +97,6 @@ def _arguments(kernel, query, key, value, mask) -> tuple[torch.Tensor, torch.Ten
 
 def _capability(t: torch.Tensor) -> int:
     return torch.cuda.get_device_capability(t.device)[0]
-
-
-def _dense(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _aligned(t: torch.Tensor) -> torch.Tensor:
@@ -117,13 +111,13 @@ def _aligned(t: torch.Tensor) -> torch.Tensor:
 def _additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, align: int) -> torch.Tensor | None:
     """The mask as numbers to add, four-dimensional; with `align`, [B, H, T, S] whose rows start at multiples of it.
 
-    In the dtype of query; a float32 mask stays one where it can (align 1: the CPU), so that its bits are not lost.
+    In the dtype of query; beside a 16-bit query float32 where it can be (align 1: the CPU), so that no bit is lost.
     """
     if mask is None:
         return None
     S, mask = key.shape[2], torch.atleast_1d(mask)
     mask = mask.expand((1,) * (4 - mask.dim()) + (*mask.shape[:-1], S))
-    dtype = mask.dtype if align == 1 and mask.dtype == torch.float32 and query.dtype != torch.float64 else query.dtype
+    dtype = torch.promote_types(query.dtype, torch.float32) if align == 1 else query.dtype
     bias = query.new_empty(*mask.shape[:3], -(-S // align) * align, dtype=dtype).narrow(3, 0, S)
     if mask.dtype == torch.bool:
         bias.fill_(_floor(dtype)).masked_fill_(mask, 0.0)
