@@ -30,10 +30,11 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         "--rounds", type=int, default=2, help="processes of each version, at least 2; default: %(default)s"
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
+    parser.add_argument("--warm", action="store_true", help="on a CPU, leave the caches as the last call left them")
     args = parser.parse_args(arguments)
     if args.rounds < 2:
         parser.error("--rounds: one round tells nothing of the noise")
-    options = ["-k", args.keyword, *(["--quick"] if args.quick else [])]
+    options = ["-k", args.keyword, *(f"--{name}" for name in ("quick", "warm") if getattr(args, name))]
     with tempfile.TemporaryDirectory() as scratch, worktree(args.ref, root, Path(scratch) / "ref") as other:
         before, after = alternated([other, root], options, args.rounds, Path(scratch))
     print("\n".join(table(before, after, args.ref)))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import compare, machine, targets, variants
+from benchmarks import compare, machine, results, targets, variants
+from benchmarks import measure as measuring
 from benchmarks.ceilings import ceilings
 from benchmarks.contenders import GRAPH, is_foreign
 from benchmarks.costs import cost
@@ -37,19 +38,23 @@ STARTED, CEILINGS, LEFT_OUT = pytest.StashKey[float](), pytest.StashKey[dict](),
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="one tiny shape for every case: a dry run of the suite")
     parser.addoption("--within", type=float, metavar="SECONDS", help="leave out what has not begun by then")
+    parser.addoption("--warm", action="store_true", help="on a CPU, leave the caches as the last call left them")
     parser.addoption("--compare", metavar="REF", help="measure the git revision REF and the working tree in one run")
 
 
 def pytest_cmdline_main(config):
     if ref := config.getoption("--compare"):
         keyword = ["-k", config.option.keyword] if config.option.keyword else []
-        quick = ["--quick"] if config.getoption("--quick") else []
-        return compare.main([ref, *keyword, *quick])
+        flags = [flag for flag in ("--quick", "--warm") if config.getoption(flag)]
+        return compare.main([ref, *keyword, *flags])
     return None
 
 
 def pytest_configure(config):
     config.stash[STARTED], config.stash[CEILINGS], config.stash[LEFT_OUT] = time.monotonic(), {}, {}
+    if ON_GPU and config.getoption("--warm"):
+        raise pytest.UsageError("--warm is for a CPU: on a GPU what empties the cache also lets the host get ahead")
+    measuring.WARM = config.getoption("--warm") or tiny(config)
     if tiny(config):
         variants.BACKEND = "aot_eager"
 
@@ -120,7 +125,9 @@ def pytest_runtest_makereport(item, call):
 def pytest_benchmark_update_machine_info(config, machine_info):
     for private in ("node", "python_build", "release"):
         machine_info.pop(private, None)
-    machine_info.update(machine.description() | {"ceilings": config.stash[CEILINGS]})
+    caches = results.WARM if measuring.WARM and not ON_GPU else results.EMPTIED
+    run = {"ceilings": config.stash[CEILINGS], "caches": caches}
+    machine_info.update(machine.description() | run)
 
 
 def pytest_benchmark_update_json(config, output_json):

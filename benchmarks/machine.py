@@ -3,6 +3,7 @@
 import os
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,9 @@ PACKAGES = (
     "torch", "triton", "peft", "bitsandbytes", "transformers", "trl", "liger-kernel",
     "cut-cross-entropy", "pytest-benchmark",
 )  # fmt: skip
+CPUS = Path("/sys/devices/system/cpu")
+UNKNOWN_CACHE = 1 << 26  # bytes, where the system does not say
+_SUFFIX = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _NVIDIA_SMI = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,driver_version"
 
 
@@ -26,6 +30,27 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def last_level_cache_bytes(cpus: Path = CPUS) -> int:
+    """Of the largest caches of the cores that this process may use, each once however many cores share it."""
+    caches = {}
+    for core in os.sched_getaffinity(0):
+        for cache in (cpus / f"cpu{core}" / "cache").glob("index*"):
+            try:
+                level, size, shared = (
+                    (cache / name).read_text().strip() for name in ("level", "size", "shared_cpu_list")
+                )
+                caches[int(level), shared] = cache_bytes(size)
+            except (OSError, ValueError):
+                continue
+    last = max((level for level, _ in caches), default=0)
+    return sum(size for (level, _), size in caches.items() if level == last) or UNKNOWN_CACHE
+
+
+def cache_bytes(size: str) -> int:
+    """Of what the kernel writes: 32768K."""
+    return int(size[:-1]) * _SUFFIX[size[-1]] if size[-1:] in _SUFFIX else int(size)
 
 
 def _cpu_name() -> str:

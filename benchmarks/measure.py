@@ -1,11 +1,13 @@
 """What is measured of one call: time on the device's own clock, bytes kept for backward, peak memory."""
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
+from benchmarks import machine
 from benchmarks.shapes import DEVICE, DTYPE, ON_GPU
 from benchmarks.variants import captured
 
@@ -14,7 +16,9 @@ try:
 except ImportError:  # benchmarks.compare, a revision from before it
     peak_of = None
 
-ON_CPU_S, ON_GPU_S, ROUNDS = 0.6, 0.12, (5, 50)
+ON_CPU_S, ON_GPU_S, LEAST_ROUNDS, MOST_ON_CPU, MOST_ON_GPU = 0.6, 0.12, 5, 100, 50
+COLD_S = 0.02  # calls on a CPU that take longer than this are not worth emptying the caches for
+WARM = False  # --warm: on a CPU caches stay as the last call left them
 LONG_S = 2.0  # a call that takes this long is measured three times, the first of which warms up
 
 
@@ -47,6 +51,23 @@ class ColdQueue:
             self.buffer.sum()
 
 
+class ColdCaches:
+    """Run before every sample on a CPU: its threads read a buffer of twice the last-level caches.
+
+    The sample then finds none of its inputs there, as a layer finds none of its weight in a model larger than they are.
+    """
+
+    def __init__(self):
+        self.buffer = torch.ones(2 * machine.last_level_cache_bytes() // 4)
+        self.read_s = timed(self)
+
+    def __call__(self) -> None:
+        self.buffer.sum()
+
+
+cold_caches = functools.cache(ColdCaches)  # one buffer for all cases
+
+
 def timed(call: Callable, timer: Callable = time.perf_counter) -> float:
     """Seconds of one call, after one that warms up."""
     call()
@@ -71,15 +92,17 @@ def sample(benchmark, call: Callable, on_gpu: bool) -> None:
     if benchmark.disabled:
         benchmark.pedantic(call)
         return
-    setup, budget = None, ON_CPU_S
+    setup, budget, most, emptying_s = None, ON_CPU_S, MOST_ON_CPU, 0.0
     if on_gpu:
         for _ in range(3):  # compilation, autotuning, handles
             call()
         host_s = host_time(call)
         benchmark.extra_info["host_s"] = host_s
-        setup, budget = ColdQueue(host_s), ON_GPU_S
+        setup, budget, most = ColdQueue(host_s), ON_GPU_S, MOST_ON_GPU
     once = timed(call, DeviceInstant if on_gpu else time.perf_counter)
-    rounds = 3 if once > LONG_S else max(ROUNDS[0], min(ROUNDS[1], int(budget / once)))
+    if not on_gpu and not WARM and once < COLD_S:
+        setup, emptying_s = cold_caches(), cold_caches().read_s
+    rounds = 3 if once > LONG_S else max(LEAST_ROUNDS, min(most, int(budget / (once + emptying_s))))
     benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=0 if once > LONG_S else 2)
 
 

@@ -8,6 +8,7 @@ from benchmarks.contenders import COMPILED, FLOOR, GRAPH, is_ours
 from benchmarks.targets import Rows
 
 RESULTS = Path(__file__).parent / "results"
+EMPTIED, WARM = "caches emptied before every sample", "warm caches"
 _STATS = (
     "min", "q1", "median", "q3", "max", "iqr", "rounds", "mean", "stddev", "ops", "iterations", "outliers", "total",
 )  # fmt: skip
@@ -62,6 +63,12 @@ def shape_name(row: tuple) -> str:
 
 def ceilings_of(results: dict) -> dict[str, float]:
     return results["machine_info"].get("ceilings") or {}
+
+
+def caches_of(results: dict) -> str:
+    """EMPTIED or WARM; results from before it was written down are warm on a CPU."""
+    machine = results["machine_info"]
+    return machine.get("caches") or (EMPTIED if "multiprocessors" in machine else WARM)
 
 
 def floor_seconds(cell: dict, ceilings: dict[str, float]) -> float | None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from benchmarks.contenders import FLOOR, GRAPH, OURS, counterpart, is_peer
-from benchmarks.results import by_op, ceilings_of, contenders, floor_seconds, shape_name
+from benchmarks.results import by_op, caches_of, ceilings_of, contenders, floor_seconds, shape_name
 from benchmarks.targets import Rows, Target, targets_of
 
 
@@ -28,10 +28,10 @@ def heading(results: dict) -> list[str]:
     lines = [
         f"# {machine['device']}", "",
         f"Commit {(results['commit_info'].get('id') or 'unknown')[:12]}, {results['datetime'][:10]}. {found}.", "",
-        f"Median of {clock}, bfloat16 unless said, r = 16. In brackets: times that of {OURS} (of `{OURS}{GRAPH}` for "
-        f"graphs); below 1 {OURS} loses. `{FLOOR}` is the frozen 16-bit layer. `of the roof` is the least time that "
-        f"the op's bytes or operations take at this machine's ceilings over the time of {OURS}; `spread` is the "
-        "widest interquartile range in the row over its median.",
+        f"Median of {clock}, {caches_of(results)}, bfloat16 unless said, r = 16. In brackets: times that of {OURS} "
+        f"(of `{OURS}{GRAPH}` for graphs); below 1 {OURS} loses. `{FLOOR}` is the frozen 16-bit layer. `of the roof` "
+        f"is the least time that the op's bytes or operations take at this machine's ceilings over the time of {OURS}; "
+        "`spread` is the widest interquartile range in the row over its median.",
     ]  # fmt: skip
     if ceilings:
         copy, matmul = ceilings["copy_bytes_per_s"] / 1e9, ceilings["matmul_flops_per_s"] / 1e12

@@ -39,10 +39,9 @@ if _FORCED and _FORCED not in _PACKAGES:
 def implementation(op: str, tensor: torch.Tensor) -> ModuleType:
     """The module that implements `op` for the device and dtype of `tensor`; kernels take 16- and 32-bit floats, and
     an op that has no kernel runs on the reference."""
-    package = _package(tensor)
-    if package == REFERENCE and not _FORCED and _is_native(tensor):
+    if not _FORCED and _is_native(tensor):
         return _native(op)
-    return getattr(_PACKAGES[package](), op, None) or getattr(_reference(), op)
+    return getattr(_PACKAGES[_package(tensor)](), op, None) or getattr(_reference(), op)
 
 
 def is_reference(tensor: torch.Tensor) -> bool:
@@ -60,7 +59,7 @@ def _is_native(tensor: torch.Tensor) -> bool:
     """Whether code that takes addresses may be called: plain memory on a CPU, and nothing that watches or traces."""
     return (
         not torch.compiler.is_compiling()
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and type(tensor) in _PLAIN
         and tensor.dtype in _KERNEL_DTYPES
         and not torch._C._len_torch_dispatch_stack()
@@ -91,8 +90,10 @@ def _unless_float64(native: FunctionType, reference: FunctionType) -> Callable:
 
     @functools.wraps(native)
     def chosen(*args):
-        wide = any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args)
-        return (reference if wide else native)(*args)
+        for a in args:
+            if isinstance(a, torch.Tensor) and a.dtype == torch.float64:
+                return reference(*args)
+        return native(*args)
 
     return chosen
 

@@ -53,6 +53,7 @@ def test_report_shows_wins_losses_and_what_was_left_out(written):
     assert "| 8×16 | 4 | p=0.1 | 0.07 | 0.00 | 8.50 |" in text
     assert "| 8×16 | 4 | p=0.1 | 30 µs |" in text
     assert "peft (missing)" in text
+    assert "Median of wall clock, warm caches, bfloat16" in text  # results from before caches were emptied
     losses = text[text.index("## Where peft-ops loses") : text.index("## lora_linear")]
     assert "In 1 of 2 comparisons" in losses
     assert "| nf4 dequantize | M=4 8×16 p=0.1 | peft-ops | 20 µs | bitsandbytes | 10 µs | 2.00× | 10% |" in losses
@@ -65,6 +66,13 @@ def test_report_keeps_results_without_names_and_samples(written):
     assert "data" not in json.loads(kept)["benchmarks"][0]["stats"]
     assert (written / "speed.png").stat().st_size > 5000
     assert (written / "memory.png").stat().st_size > 5000
+
+
+def test_the_heading_says_whether_caches_were_emptied(results):
+    results["machine_info"]["caches"] = benchmark_results.EMPTIED
+    assert "wall clock, caches emptied before every sample, bfloat16" in "\n".join(tables.heading(results))
+    results["machine_info"] |= {"caches": benchmark_results.WARM, "multiprocessors": 1}
+    assert "device events, warm caches, bfloat16" in "\n".join(tables.heading(results))
 
 
 def test_the_roof_is_the_larger_of_bytes_and_operations():

@@ -113,6 +113,7 @@ def test_results_say_what_was_left_out_and_why(tmp_path, monkeypatch):
     assert {case["extra_info"]["contender"] for case in results["benchmarks"]} == {"peft-ops"}
     assert results["benchmarks"][0]["extra_info"]["least_bytes"] > 0
     assert results["machine_info"]["ceilings"]["copy_bytes_per_s"] > 0
+    assert results["machine_info"]["caches"] == "warm caches"  # of a dry run
     expected = {"suite": "test_nf4", "contender": "bitsandbytes", "reason": "RuntimeError: no GPU", "cases": 6}
     assert expected in results["left_out"]
 

@@ -21,7 +21,7 @@ def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tens
     """y [M, N] = x [M, K] deq(W)ᵀ + bias, in the dtype of x."""
     (N, K), M = weight.shape, x.shape[0]
     bias = None if bias is None else bias.to(x.dtype)
-    y = torch.empty(M, N, dtype=x.dtype)
+    y = x.new_empty(M, N)
     if M > FEW:
         for rows, w in _decoded_rows(weight, x.dtype, _slab(M)):
             if bias is None:
@@ -41,7 +41,7 @@ def nf4_linear(x: torch.Tensor, weight, bias: torch.Tensor | None) -> torch.Tens
 def nf4_linear_dx(dy: torch.Tensor, weight) -> torch.Tensor:
     """dx [M, K] = dy [M, N] deq(W), in the dtype of dy."""
     (N, K), M = weight.shape, dy.shape[0]
-    dx = torch.empty(M, K, dtype=dy.dtype)
+    dx = dy.new_empty(M, K)
     if M > FEW_DX or K % weight.blocksize:
         for columns, w in _decoded_columns(weight, dy.dtype, _slab(M)):
             torch.mm(dy, w, out=dx[:, columns])

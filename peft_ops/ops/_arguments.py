@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from ..nf4 import NF4Weight
 
@@ -114,16 +115,22 @@ def check_bottleneck(
 
 def check_device(x: torch.Tensor, x_name: str = "x", /, **others: torch.Tensor | None) -> None:
     """Every tensor is a plain one (no DTensor) on the device of x, which messages call by x_name."""
-    for name, t in {x_name: x, **others}.items():
+    _check_local(x_name, x)
+    device = x.device
+    for name, t in others.items():
         if t is None:
             continue
-        if type(t) not in _PLAIN and hasattr(t, "to_local"):
-            raise TypeError(
-                f"{name} is a {type(t).__name__}; kernels take local tensors: call through "
-                "torch.distributed.tensor.experimental.local_map, or pass to_local()"
-            )
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, {x_name} on {x.device}: all must be on one device")
+        _check_local(name, t)
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device}, {x_name} on {device}: all must be on one device")
+
+
+def _check_local(name: str, t: torch.Tensor) -> None:
+    if type(t) not in _PLAIN and hasattr(t, "to_local"):
+        raise TypeError(
+            f"{name} is a {type(t).__name__}; kernels take local tensors: call through "
+            "torch.distributed.tensor.experimental.local_map, or pass to_local()"
+        )
 
 
 def check_probability(name: str, p: float) -> float:
@@ -151,23 +158,47 @@ def mask_seed(seed: int | torch.Tensor | None, device: torch.device) -> torch.Te
 
 def autocast_input(x: torch.Tensor) -> torch.Tensor:
     """x in autocast's dtype where autocast is on for its device, as nn.Linear takes it; float64 stays."""
+    if not torch._C._is_any_autocast_enabled():
+        return x
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
-def without_autocast(method: Callable) -> Callable:
-    """For a Function's forward or backward: its own matmuls keep the dtypes that it chose."""
+def without_autocast(function: Callable) -> Callable:
+    """For what an op computes, a Function's forward or backward: its own matmuls keep the dtypes that it chose."""
 
-    @functools.wraps(method)
-    def wrapped(ctx, *args):
+    @functools.wraps(function)
+    def wrapped(*args):
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args)
         device = next((t.device.type for t in args if isinstance(t, torch.Tensor)), None)
         if device is None or not torch.is_autocast_enabled(device):
-            return method(ctx, *args)
+            return function(*args)
         with torch.autocast(device, enabled=False):
-            return method(ctx, *args)
+            return function(*args)
 
     return wrapped
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] as [M, K]."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def shaped_as(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """y [M, N], which was computed of as_rows(x), as [..., N]."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def recorded(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd, in either direction, or a trace is to know what becomes of these: then it takes a Function,
+    which costs as much as a small op does; otherwise what its forward computes is called."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def functorch_active() -> bool:

@@ -6,7 +6,17 @@ from torch.autograd.function import once_differentiable
 from .._backend import implementation
 from ..nf4 import NF4Weight
 from ..reference import formulas
-from ._arguments import autocast_input, check_adapter, check_linear, functorch_active, mask_seed, without_autocast
+from ._arguments import (
+    as_rows,
+    autocast_input,
+    check_adapter,
+    check_linear,
+    functorch_active,
+    mask_seed,
+    recorded,
+    shaped_as,
+    without_autocast,
+)
 from ._exported import kept_by_export, restored_weight, rows_of, stored_weight
 
 
@@ -14,10 +24,9 @@ class _LoRALinear(torch.autograd.Function):
     """Saves x, S = drop(x) Aᵀ [M, r], the seed, and references to parameters; never a decoded weight or a mask."""
 
     @staticmethod
-    @without_autocast
     def forward(ctx, x, dense, bias, a, b, seed, nf4, scaling, p):
         weight = dense if nf4 is None else nf4
-        y, s = implementation("linear_low_rank", x).lora_linear(x, weight, bias, a, b, scaling, p, seed)
+        y, s = _computed(x, weight, bias, a, b, scaling, p, seed)
         need_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if need_x else None, s if ctx.needs_input_grad[4] else None, dense, a, b, seed)
         ctx.nf4, ctx.scaling, ctx.p, ctx.bias_dtype = nf4, scaling, p, None if bias is None else bias.dtype
@@ -81,13 +90,20 @@ def lora_linear(
     seed = mask_seed(seed, x.device) if 0.0 < dropout_p < 1.0 else None
     if torch.compiler.is_exporting():
         return _exported(x, *stored_weight(weight), bias, lora_a, lora_b, float(scaling), float(dropout_p), seed)
-    flat, scaling, p = x.reshape(x.shape[:-1].numel(), x.shape[-1]), float(scaling), float(dropout_p)
+    flat, scaling, p = as_rows(x), float(scaling), float(dropout_p)
     dense, nf4 = (None, weight) if isinstance(weight, NF4Weight) else (weight, None)
     if functorch_active():
         y = formulas.lora_linear(flat, weight, bias, lora_a, lora_b, scaling, p, seed)
-    else:
+    elif recorded(flat, dense, bias, lora_a, lora_b):
         y = _LoRALinear.apply(flat, dense, bias, lora_a, lora_b, seed, nf4, scaling, p)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    else:
+        y, _ = _computed(flat, weight, bias, lora_a, lora_b, scaling, p, seed)
+    return shaped_as(x, y)
+
+
+@without_autocast
+def _computed(x, weight, bias, a, b, scaling, p, seed):
+    return implementation("linear_low_rank", x).lora_linear(x, weight, bias, a, b, scaling, p, seed)
 
 
 _exported = kept_by_export(

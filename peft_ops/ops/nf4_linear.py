@@ -8,7 +8,15 @@ from torch.autograd.function import once_differentiable
 from .._backend import implementation
 from ..nf4 import NF4Weight
 from ..reference import formulas
-from ._arguments import autocast_input, check_linear, functorch_active, without_autocast
+from ._arguments import (
+    as_rows,
+    autocast_input,
+    check_linear,
+    functorch_active,
+    recorded,
+    shaped_as,
+    without_autocast,
+)
 from ._exported import kept_by_export, restored_weight, rows_of, stored_weight
 
 OP = "nf4_linear"
@@ -18,10 +26,9 @@ class _NF4Linear(torch.autograd.Function):
     """Saves nothing but a reference to the packed weight, which is decoded again in the backward."""
 
     @staticmethod
-    @without_autocast
     def forward(ctx, x, bias, weight):
         ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
-        return implementation(OP, x).nf4_linear(x, weight, bias)
+        return _computed(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -54,9 +61,19 @@ def nf4_linear(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
     check_linear(x, weight, bias)
     if torch.compiler.is_exporting():
         return _exported(x, *stored_weight(weight), bias)
-    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    y = formulas.nf4_linear(flat, weight, bias) if functorch_active() else _NF4Linear.apply(flat, bias, weight)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    flat = as_rows(x)
+    if functorch_active():
+        y = formulas.nf4_linear(flat, weight, bias)
+    elif recorded(flat, bias):
+        y = _NF4Linear.apply(flat, bias, weight)
+    else:
+        y = _computed(flat, weight, bias)
+    return shaped_as(x, y)
+
+
+@without_autocast
+def _computed(x, weight, bias):
+    return implementation(OP, x).nf4_linear(x, weight, bias)
 
 
 _exported = kept_by_export(
