@@ -333,8 +333,8 @@ def test_a_model_is_captured_whole(name):
     model, given = adapted(name), inputs(name)
     torch.compiler.reset()
     captured = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        assert torch.equal(captured(**given).logits, model(**given).logits)
+    with torch.no_grad():  # captured, attention is torch's
+        torch.testing.assert_close(captured(**given).logits, model(**given).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

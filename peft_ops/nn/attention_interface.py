@@ -1,8 +1,8 @@
-"""Attention over [prefix; text] in models of Hugging Face transformers, through its AttentionInterface.
+"""Our attention in models of Hugging Face transformers, through its AttentionInterface: over text, or [prefix; text].
 
-transformers looks up the attention function of a module under `module.config._attn_implementation`. A module with a
-prefix gets a config of its own, a copy with the name registered here; the model's config, from which masks are made,
-stays as it is. No mask, cache or position changes: the prefix lies beside the text, not in it.
+transformers looks up the attention function of a module under `module.config._attn_implementation`. A module that
+attends here gets a config of its own, a copy with a name registered here; the model's config, of which masks are made,
+stays as it is. No mask, cache or position changes: a prefix lies beside the text, not in it.
 """
 
 import copy
@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops.attention import attention
 from ..ops.prefix_attention import prefix_attention
 
 WRAPPED = ("sdpa", "eager")  # attention that a prefix can be put before
 _NAME = "peft_ops_prefix"
 _RECORD = "peft_ops_record"
+_ATTENTION = "peft_ops_attention"
+_LEAST_QUERIES = 16  # of a batch row, that repay laying its keys out
 
 
 def register() -> None:
@@ -26,11 +29,36 @@ def register() -> None:
 
     AttentionInterface.register(_NAME, _prefix_attention_forward)
     AttentionInterface.register(_RECORD, _record_forward)
+    AttentionInterface.register(_ATTENTION, _attention_forward)
 
 
 def with_prefix(config: Any) -> Any:
     """A copy of a model's config that sends attention here."""
     return _redirected(config, _NAME)
+
+
+class _Model:
+    """The config of a model, held by a copy that `with_attention` made."""
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a model pickled by another process
+        vars(self).update(state)
+        register()
+
+
+def with_attention(config: Any) -> Any:
+    """A copy of a model's config that sends attention over text here, for as long as the model's says "sdpa"."""
+    copied = _redirected(config, _ATTENTION)
+    vars(copied)["_peft_ops_model"] = _Model(config)
+    return copied
+
+
+def plain(config: Any) -> Any:
+    """The config of which `with_attention` made this copy, or config itself."""
+    model = vars(config).get("_peft_ops_model") if hasattr(config, "__dict__") else None
+    return config if model is None else model.config
 
 
 def recording(config: Any) -> tuple[Any, dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]]:
@@ -51,15 +79,37 @@ def _wrapped(module: nn.Module, implementation: str | None) -> Callable:
     """The attention function that `module` would have called."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    own = vars(sys.modules[type(module).__module__])  # every file of models has an eager one
     name = "sdpa" if implementation is None else implementation
-    return own["eager_attention_forward"] if name not in ALL_ATTENTION_FUNCTIONS else ALL_ATTENTION_FUNCTIONS[name]
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    return vars(sys.modules[type(module).__module__])["eager_attention_forward"]  # every file of models has one
 
 
 def _record_forward(module, query, key, value, attention_mask, **kwargs):
     module.config._peft_ops_recorded[module] = (key.detach(), value.detach())
     original = module.config._peft_ops_original
     return _wrapped(module, original._attn_implementation)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _attention_forward(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
+    is_causal: bool | None = None, **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """As `_prefix_attention_forward`, without a prefix; what our op does not cover goes to what the model asks for."""
+    implementation = plain(module.config)._attn_implementation
+    unknown = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache"))
+    here = implementation == "sdpa" and query.device.type == "cpu" and query.shape[2] >= _LEAST_QUERIES
+    if unknown or not here or dropout > 0.0 or torch.compiler.is_compiling():
+        return _wrapped(module, implementation)(
+            module, query, key, value, attention_mask,
+            scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs,
+        )  # fmt: skip
+    causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if causal:  # a static cache that is being filled is longer than what it holds
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    out = attention(query, key, value, scaling, attention_mask, causal)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _prefix_attention_forward(

@@ -10,6 +10,7 @@ import torch
 from .._backend import implementation
 
 _aten = torch.ops.aten
+NO_KEY = -1e29  # the log-sum-exp of a row on a CPU that sees no key is lower
 _MAX_HEAD_DIM = 256  # of torch's flash attention on a GPU, and of our kernels
 
 
@@ -123,6 +124,8 @@ def _additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor,
         bias.fill_(_floor(dtype)).masked_fill_(mask, 0.0)
     else:
         bias.copy_(mask).clamp_(min=_floor(dtype))
+        if mask.dtype == torch.float16 and dtype == torch.float32:
+            bias.masked_fill_(mask <= torch.finfo(mask.dtype).min, _floor(dtype))
     return bias if align == 1 else bias.expand(*query.shape[:3], S)
 
 

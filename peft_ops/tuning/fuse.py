@@ -1,4 +1,4 @@
-"""Blocks and layers of a model whose layers share x, or keep what can be recomputed, in one op each."""
+"""Blocks and layers of a model whose layers share x, or keep what can be recomputed, in one op each; attention too."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..nn import GatedMLP, LoRALinear
 from ..nn.dora_linear import DoRALinear
 from ..nn.gated_mlp import PARTS, projection_of
 from ..nn.projection_group import ProjectionGroup
+from .fuse_attention import fuse_attention, unfuse_attention
 from .trained import replace_module
 
 _MARK = "_peft_ops_fused"  # at the root: groups are made again where adapters are exchanged
@@ -25,17 +26,18 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, to
 class Fused:
     """What `fuse` found, by path.
 
-    mlps: gated MLPs that are one op. projections: {module: names of its layers that are one op}. left: {module: why it
-    stays as it is}.
+    mlps: gated MLPs that are one op. projections: {module: names of its layers that are one op}. attentions: modules of
+    transformers that attend through ours. left: {module: why it stays as it is}.
     """
 
     mlps: list[str] = field(default_factory=list)
     projections: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    attentions: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
 
 def fuse(model: nn.Module) -> Fused:
-    """Let gated MLPs, and query, key and value projections with LoRA, compute in one op each; in place.
+    """Let gated MLPs, query, key and value projections with LoRA, and attention compute in one op each; in place.
 
     Blocks are known by their parts: gate_proj, up_proj, down_proj and act_fn; q_proj, k_proj and v_proj that are LoRA
     layers over one in_features. An MLP is tried on two random tokens first, and left where the op computes something
@@ -58,6 +60,7 @@ def fuse(model: nn.Module) -> Fused:
                 fused.mlps.append(path)
             else:
                 fused.left[path] = reason
+    fused.attentions = fuse_attention(model)
     vars(model)[_MARK] = True
     regroup(model, fused)
     return fused
@@ -71,6 +74,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         block.training = mlp.training
         replace_module(model, path, block)
     _ungroup(model)
+    unfuse_attention(model)
     vars(model).pop(_MARK, None)
     return model
 
