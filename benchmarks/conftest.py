@@ -28,6 +28,7 @@ from benchmarks.shapes import (
     nf4_shapes,
     qkv_shapes,
     step_shapes,
+    text_shapes,
     weight_shapes,
 )  # fmt: skip
 from benchmarks.variants import GRAPH_ROWS
@@ -66,7 +67,8 @@ def tiny(config) -> bool:
 def pytest_generate_tests(metafunc):
     for name, shapes in (
         ("shape", linear_shapes), ("adapter_shape", adapter_shapes), ("weight_shape", weight_shapes),
-        ("attention_shape", attention_shapes), ("decoding_shape", decoding_shapes), ("head_shape", head_shapes),
+        ("attention_shape", attention_shapes), ("decoding_shape", decoding_shapes), ("text_shape", text_shapes),
+        ("head_shape", head_shapes),
         ("large_head_shape", large_head_shapes), ("mlp_shape", mlp_shapes), ("qkv_shape", qkv_shapes),
         ("step_shape", step_shapes), ("nf4_shape", nf4_shapes), ("few_rows_shape", few_rows_shapes),
     ):  # fmt: skip

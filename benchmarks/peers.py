@@ -19,7 +19,7 @@ from benchmarks.contenders import COMPILED, FLOOR, GRAPH, OURS
 from benchmarks.variants import compiled
 from peft_ops import nf4
 from peft_ops.nn import BottleneckAdapter, DoRALinear, LoRALinear, NF4Linear
-from peft_ops.ops import prefix_attention
+from peft_ops.ops import attention, prefix_attention
 
 R, ALPHA = 16, 32
 BLOCKSIZE = 64
@@ -186,6 +186,13 @@ def _bitsandbytes_into(functional, packed: torch.Tensor, state, out: torch.Tenso
 CODECS = {OURS: ours_codec, "bitsandbytes": bitsandbytes_codec, "bitsandbytes C": bitsandbytes_c_codec}
 
 
+def torchs_attention(query, key, value) -> torch.Tensor:
+    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+ATTENTION = {OURS: partial(attention, is_causal=True), "SDPA": torchs_attention}
+
+
 def ours_prefix(query, key, value, prefix_key, prefix_value, is_causal: bool) -> torch.Tensor:
     return prefix_attention(query, key, value, prefix_key, prefix_value, is_causal=is_causal)
 
@@ -219,4 +226,4 @@ def attend_joined(query, keys, values, is_causal: bool) -> torch.Tensor:
     return scaled_dot_product_attention(query, keys, values, mask)
 
 
-PREFIX = {"peft-ops": ours_prefix, "joined SDPA": joined_prefix, "SDPA without prefix": text_alone}
+PREFIX = {OURS: ours_prefix, "joined SDPA": joined_prefix, "SDPA without prefix": text_alone}

@@ -64,7 +64,7 @@ class Attention(NamedTuple):
 
     @property
     def variant(self) -> str:
-        return f"B={self.B} heads={self.H}/{self.heads} n={self.n}"
+        return f"B={self.B} heads={self.H}/{self.heads}" + (f" n={self.n}" if self.n else "")
 
 
 def attention_shapes(tiny: bool) -> list[Attention]:
@@ -75,6 +75,16 @@ def attention_shapes(tiny: bool) -> list[Attention]:
         return [Attention(512, 512, 64, 2, 12, 12, n) for n in (5, 50)] + [Attention(512, 512, 128, 1, 16, 4, 100)]
     gpt2 = [Attention(1024, 1024, 64, 8, 16, 16, n) for n in (5, 50)]
     return gpt2 + [Attention(2048, 2048, 128, 4, 32, 8, n) for n in (20, 50, 200)]
+
+
+def text_shapes(tiny: bool) -> list[Attention]:
+    """Of training on a CPU, without a prefix: the two Llamas of `step_shapes`, and longer text."""
+    if tiny:
+        return [Attention(24, 24, 16, 1, 2, 1, 0)]
+    return [
+        Attention(128, 128, 32, 32, 8, 2, 0), Attention(128, 128, 128, 8, 8, 2, 0),
+        Attention(512, 512, 64, 4, 8, 8, 0), Attention(2048, 2048, 64, 1, 8, 8, 0),
+    ]  # fmt: skip
 
 
 def decoding_shapes(tiny: bool) -> list[Attention]:

@@ -131,6 +131,7 @@ def _errors(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
             op = f"linear_logprob, {name}" + (", adapted" if adapter else "")
             yield from _compare(op, partial(_linear_logprob, targets), weight, head, randn(2, M).to(dtype))
     attended = {name: randn(2, heads, M, K).to(dtype) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    yield from _compare("attention", _attention, None, attended, randn(2, 4, M, K).to(dtype))
     attended |= {name: randn(2, R, K).to(dtype) for name in ("pk", "pv")}
     dy = randn(2, 4, M, K).to(dtype)
     for p in (0.0, _P):
@@ -184,6 +185,10 @@ def _linear_logprob(targets, package, weight, x, bias, a=None, b=None):
         return torch.stack((out.logp, out.entropy))
     results = package.linear_logprob(x, weight, bias, a, b, targets, _SCALING, 0.0, None, _SCALING, 5.0, 0.7, -100)
     return torch.stack(results)
+
+
+def _attention(package, weight, q, k, v):
+    return package.attention(q, k, v, q.shape[-1] ** -0.5, None, True)
 
 
 def _prefix_attention(p, package, weight, q, k, v, pk, pv):

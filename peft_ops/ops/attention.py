@@ -3,6 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..reference import formulas
 from . import _text_attention as text
 from ._arguments import autocast_input, check_device, functorch_active, without_autocast
 from ._attention_arguments import check_heads, check_mask
@@ -74,8 +75,5 @@ def attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     kernel = text.kernel_for(query, key, value, mask, is_causal, 0.0) if query.device.type == "cpu" else None
     if kernel is None or torch.compiler.is_compiling() or functorch_active():
-        additive = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, additive, 0.0, is_causal, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
+        return formulas.attention(query, key, value, scaling, mask, bool(is_causal))
     return _Attention.apply(query, key, value, mask, kernel, bool(is_causal), scaling)

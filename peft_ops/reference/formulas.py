@@ -50,6 +50,17 @@ def gated_mlp(x: torch.Tensor, gate, up, down, activation: str, seeds) -> torch.
     return projection(activate(g, activation) * u, down, seeds[2])
 
 
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None,
+    is_causal: bool,
+) -> torch.Tensor:  # fmt: skip
+    """softmax(scaling · q kᵀ + mask) v, by torch."""
+    additive = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, additive, 0.0, is_causal, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
 def prefix_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefix_key: torch.Tensor, prefix_value: torch.Tensor,
     scaling: float, mask: torch.Tensor | None, is_causal: bool, prefix_bias: torch.Tensor | None,

@@ -40,10 +40,11 @@ def fuse(model: nn.Module) -> Fused:
     """Let gated MLPs, query, key and value projections with LoRA, and attention compute in one op each; in place.
 
     Blocks are known by their parts: gate_proj, up_proj, down_proj and act_fn; q_proj, k_proj and v_proj that are LoRA
-    layers over one in_features. An MLP is tried on two random tokens first, and left where the op computes something
-    else. x is then read once for all adapters that share it, and an MLP keeps x, gate_proj(x) and up_proj(x) alone for
-    the backward. Names, parameters and results stay (to rounding); DoRA, merged and switched-off layers, layers with
-    hooks and torch.compile take the plain way by themselves. `unfuse` undoes it.
+    layers over one in_features; attention by where transformers looks for it, under "sdpa". An MLP is tried on two
+    random tokens first, and left where the op computes something else. x is then read once for all adapters that share
+    it, an MLP keeps x, gate_proj(x) and up_proj(x) alone for the backward, and attention on a CPU has native gradients
+    (`ops.attention`; on a GPU it stays torch's). Names, parameters and results stay (to rounding); DoRA, merged and
+    switched-off layers, layers with hooks and torch.compile take the plain way by themselves. `unfuse` undoes it.
 
     Raises:
         TypeError: model is no nn.Module.
