@@ -173,6 +173,21 @@ def test_linear_is_that_of_the_reference(isa, N, K, blocksize, dtype, double_qua
 
 
 @built
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("N", "R"), [(1, 1), (37, 1), (15, 2), (53, 3), (64, 16), (65, 16), (64, 17), (130, 40)])
+@pytest.mark.parametrize("more", [0, 5])
+def test_an_operand_is_a_copy_in_float32_with_zeros_behind(isa, N, R, more, dtype):
+    b = torch.randn(N, R + more).to(dtype)[:, :R]
+    for given in (b.t(), b[:1].expand(N, R).t(), b.t().contiguous()[:, ::2]):
+        wide = native.operand(given)
+        if wide is given:
+            continue
+        rows = wide.as_strided((R, wide.stride(0)), (wide.stride(0), 1))
+        assert torch.equal(rows[:, : given.shape[1]], given.float())
+        assert not rows[:, given.shape[1] :].any()
+
+
+@built
 @pytest.mark.parametrize("R", [1, 4, 16])
 def test_a_row_does_not_depend_on_the_others(isa, R):
     x, a, y, b = torch.randn(11, 130), torch.randn(R, 130), torch.randn(11, 50), torch.randn(50, R)

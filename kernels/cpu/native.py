@@ -173,11 +173,14 @@ def padded(t: torch.Tensor) -> torch.Tensor:
 
 
 def operand(t: torch.Tensor) -> torch.Tensor:
-    """t [R, K] in float32, rows from which 64 elements at a time can be read: zeros behind the last."""
+    """t [R, K] in float32, rows from which 64 elements at a time can be read: zeros behind the last.
+
+    A copy's rows are a vector longer than that, or the rows of a wide t would all lie on the same lines of a cache.
+    """
     R, K = t.shape
     if t.dtype == torch.float32 and K % 64 == 0 and t.stride(1) == 1:
         return t
-    wide = torch.empty(R, -(-K // 64) * 64, dtype=torch.float32)
+    wide = torch.empty(R, -(-K // 64) * 64 + 16, dtype=torch.float32)
     t = t if t.dtype in DTYPES else t.float()
     lib.widen(wide.data_ptr(), wide.stride(0), t.data_ptr(), DTYPES[t.dtype], *t.stride(), R, K)
     return wide

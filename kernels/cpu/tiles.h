@@ -4,6 +4,26 @@
 
 namespace {
 
+// out[r][k] = t[k][r] in float32 for t [K, ldt] of which R columns count, zeros from K to ldo, a multiple of L.
+template <class D>
+inline void widen_transposed(float* out, int64_t ldo, const typename D::T* t, int64_t ldt, int64_t R, int64_t K) {
+  for (int64_t k = 0; k < ldo; k += L)
+    for (int64_t r = 0; r < R; r += L) {
+      const typename D::T* from = t + k * ldt + r;
+      const int64_t ranks = at_most(L, R - r);
+      vf block[L];
+      if (k + L <= K && (k + L - 1) * ldt + r + L <= (K - 1) * ldt + R) {  // whole vectors, all in memory of t
+        for (int i = 0; i < L; i++) block[i] = D::widen(from + i * ldt);
+      } else {
+        for (int i = 0; i < L; i++) block[i] = k + i < K ? widen_some<D>(from + i * ldt, ranks) : vf{};
+      }
+      transpose(block);
+      float* to = out + r * ldo + k;
+      for (int i = 0; i < L; i++)
+        if (i < ranks) store(to + i * ldo, block[i]);
+    }
+}
+
 // How a vector of x and one of w are multiplied and summed.
 struct ProductF32 {
   typedef float T;

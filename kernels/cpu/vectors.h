@@ -103,6 +103,41 @@ inline void sums(float* out, const float* p, int64_t n) {
   for (; i < n; i++) out[i] = sum(load<vf>(p + i * L));
 }
 
+// a[0] b[0] a[1] b[1] ..., of the lower and of the upper halves of a and b.
+inline vf lower_zipped(vf a, vf b) {
+#if defined(ISA_AVX512)
+  const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return (vf)_mm512_permutex2var_ps((__m512)a, order, (__m512)b);
+#elif defined(ISA_AVX2)
+  const __m256 low = _mm256_unpacklo_ps((__m256)a, (__m256)b), high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  return (vf)_mm256_permute2f128_ps(low, high, 0x20);
+#else
+  return vf{a[0], b[0], a[1], b[1]};
+#endif
+}
+inline vf upper_zipped(vf a, vf b) {
+#if defined(ISA_AVX512)
+  const __m512i order = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return (vf)_mm512_permutex2var_ps((__m512)a, order, (__m512)b);
+#elif defined(ISA_AVX2)
+  const __m256 low = _mm256_unpacklo_ps((__m256)a, (__m256)b), high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  return (vf)_mm256_permute2f128_ps(low, high, 0x31);
+#else
+  return vf{a[2], b[2], a[3], b[3]};
+#endif
+}
+
+inline void transpose(vf (&v)[L]) {  // log2(L) perfect shuffles
+  for (int round = 1; round < L; round *= 2) {
+    vf from[L];
+    for (int i = 0; i < L; i++) from[i] = v[i];
+    for (int i = 0; i < L / 2; i++) {
+      v[2 * i] = lower_zipped(from[i], from[i + L / 2]);
+      v[2 * i + 1] = upper_zipped(from[i], from[i + L / 2]);
+    }
+  }
+}
+
 inline vh low_halves(vu v) {
 #if defined(ISA_AVX512)
   return (vh)_mm512_cvtepi32_epi16((__m512i)v);
