@@ -85,15 +85,19 @@ void pairs_of_rows(typename Words::W::Word* to, const typename D::T* from, int64
 template <class D, class Words>
 void columns_of_rows(typename Words::W::Word* to, const typename D::T* from, int64_t stride, int64_t rows,
                      int64_t columns, int64_t wide) {
-  typedef typename Words::W::Word Word;
-  const int64_t words = parts_of(columns, Words::W::PER);
-  Scratch<Word> some(L * words);
+  const int64_t words = parts_of(columns, Words::W::PER), ld = padded(words, L);
+  Scratch<typename Words::W::Word> some(L * ld);
+  memset(some, 0, L * ld * sizeof *some);
   for (int64_t r = 0; r < wide; r += L) {
     const int64_t here = r < rows ? at_most(L, rows - r) : 0;
-    rows_of_words<D, Words>(some, words, from + r * stride, stride, here, columns);
-    memset(some + here * words, 0, (L - here) * words * sizeof(Word));
-    for (int64_t k = 0; k < words; k++)
-      for (int64_t i = 0; i < L; i++) to[k * wide + r + i] = some[i * words + k];
+    rows_of_words<D, Words>(some, ld, from + r * stride, stride, here, columns);
+    if (here < L) memset(some + here * ld, 0, (L - here) * ld * sizeof *some);
+    for (int64_t k = 0; k < words; k += L) {
+      vf block[L];
+      for (int i = 0; i < L; i++) block[i] = load<vf>(some + i * ld + k);
+      transpose(block);
+      for (int64_t i = 0; i < at_most(L, words - k); i++) store(to + (k + i) * wide + r, block[i]);
+    }
   }
 }
 
