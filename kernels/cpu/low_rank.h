@@ -91,6 +91,38 @@ void down_project_da(float* da, const float* ds, const typename D::T* x, int64_t
   });
 }
 
+constexpr int64_t GRADIENT_ROWS = 16, GRADIENT_COLUMNS = 256, GRADIENT_RANKS = 16;
+
+// ds[M][R] = scale · dy b and, of each of `chunks` equal parts of the rows, db[chunk][R][N] = scale · dyᵀ s, in one pass
+// over dy, for R <= GRADIENT_RANKS, bt [R, ldb] and s [M, R] in float32; bt is zero from N on to a multiple of 64.
+template <class D>
+void low_rank_gradients(float* ds, float* db, const typename D::T* dy, int64_t ldy, const float* bt, int64_t ldb,
+                        const float* s, int64_t M, int64_t N, int64_t R, int64_t chunks, float scale, int threads) {
+  const int64_t size = parts_of(M, chunks), wide = padded(N, 64);
+  const Dropout none{-1, nullptr, 0};
+  parallel(threads, chunks, [&](int64_t chunk) {
+    alignas(64) float tile[GRADIENT_ROWS * GRADIENT_COLUMNS], parts[GRADIENT_ROWS * GRADIENT_RANKS * L];
+    Scratch<float> of_b(R * wide);
+    memset(of_b, 0, R * wide * sizeof(float));
+    const int64_t last = at_most((chunk + 1) * size, M);
+    for (int64_t row = chunk * size; row < last; row += GRADIENT_ROWS) {
+      const int64_t rows = at_most(GRADIENT_ROWS, last - row);
+      memset(parts, 0, rows * R * L * sizeof(float));
+      for (int64_t k = 0; k < N; k += GRADIENT_COLUMNS) {
+        const int64_t columns = at_most(GRADIENT_COLUMNS, N - k), whole = padded(columns, 64);
+        load_tile<D>(tile, GRADIENT_COLUMNS, dy, ldy, row, rows, k, columns, GRADIENT_COLUMNS, none, 0);
+        dot_tile<ProductF32>(parts, R * L, tile, GRADIENT_COLUMNS, rows, bt + k, ldb, R, whole);
+        axpy_tile<false>(of_b + k, wide, R, s + row * R, 1, R, tile, GRADIENT_COLUMNS, whole, rows);
+      }
+      float total[GRADIENT_ROWS * GRADIENT_RANKS];
+      sums(total, parts, rows * R);
+      for (int64_t i = 0; i < rows * R; i++) ds[row * R + i] = scale * total[i];
+    }
+    for (int64_t r = 0; r < R; r++)
+      for (int64_t n = 0; n < N; n++) db[(chunk * R + r) * N + n] = scale * of_b[r * wide + n];
+  });
+}
+
 constexpr int64_t UPDATE_COLUMNS = 256;
 
 // sums[i][j] = Σ_r s[i][r] bt[r][j] over ranks [r, last), for I rows and J vectors of columns.

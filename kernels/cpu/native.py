@@ -28,6 +28,7 @@ _ARGUMENTS = {
     "widen": (_P, _N, _P, _I, _N, _N, _N, _N),
     "down_project": (_P, _P, _I, _N, _P, _N, _N, _N, _N, *_DROPOUT, _I),
     "down_project_da": (_P, _P, _P, _I, _N, _N, _N, _N, *_DROPOUT, _I),
+    "low_rank_gradients": (_P, _P, _P, _I, _N, _P, _N, _P, _N, _N, _N, _N, _F, _I),
     "low_rank_update": (_P, _I, _N, _P, _P, _N, _N, _N, _N, *_DROPOUT, _I),
     "nf4_dequantize": (_P, _I, *_WEIGHT, _N, _N, _I),
     "nf4_columns": (_P, _I, *_WEIGHT, _N, _N, _N, _N, _I),
