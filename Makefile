@@ -45,7 +45,8 @@ sanitize: $(VENV)/.ready  ## the native library's tests under AddressSanitizer a
 		--build-lib $(OUT)/sanitize --build-temp $(OUT)/sanitize/temp
 	PEFT_OPS_CPU_LIBRARY=$$(ls $(OUT)/sanitize/peft_ops/kernels/cpu/_native*) ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=halt_on_error=1 LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests/test_native.py tests/test_native_ops.py tests/test_nf4_linear.py
+		OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests/test_native.py tests/test_native_ops.py \
+		tests/test_native_attention.py tests/test_nf4_linear.py
 
 interpret: $(VENV)/.ready  ## the Triton kernels on CPU tensors, held against the reference
 	TRITON_INTERPRET=1 PEFT_OPS_BACKEND=peft_ops.kernels $(PYTEST) $(KERNEL_TESTS) -m "not gpu" $(FLOAT32)
