@@ -36,7 +36,7 @@ def check_linear(
 
 def check_weight(weight: torch.Tensor | NF4Weight) -> None:
     """[N, K], dense or NF4 with all the bytes that it needs."""
-    if not isinstance(weight, torch.Tensor | NF4Weight):
+    if not isinstance(weight, (torch.Tensor, NF4Weight)):
         raise TypeError(f"weight must be a tensor or an NF4Weight, got {type(weight).__name__}")
     if isinstance(weight, NF4Weight):
         _check_bytes(weight)
