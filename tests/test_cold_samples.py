@@ -51,6 +51,12 @@ def test_caches_are_emptied_before_every_sample(events):
     assert measure.cold_caches().buffer.nbytes == 2 << 12
 
 
+def test_a_rehearsal_stands_between_the_two(events):
+    benchmark = Pedantic()
+    measure.sample(benchmark, lambda: events.append("call"), on_gpu=False, rehearsal=lambda: events.append("rehearsal"))
+    assert events[-3 * benchmark.rounds :] == ["flush", "rehearsal", "call"] * benchmark.rounds
+
+
 def test_warm_samples_and_long_calls_are_left_alone(events, monkeypatch):
     monkeypatch.setattr(measure, "WARM", True)
     measure.sample(Pedantic(), lambda: events.append("call"), on_gpu=False)

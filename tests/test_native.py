@@ -132,7 +132,9 @@ def test_a_seed_for_each_group_of_rows_of_a(isa):
 
 @built
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("M", "N", "K", "R"), [(1, 37, 53, 3), (13, 64, 128, 16), (20, 300, 70, 40), (155, 270, 31, 5)])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "R"), [(1, 37, 53, 3), (13, 64, 128, 16), (20, 300, 70, 40), (155, 270, 31, 5)]
+)
 def test_skinny_products_are_those_of_the_reference(isa, M, N, K, R, dtype):
     x, dy, a, b = torch.randn(M, K, dtype=dtype), torch.randn(M, N, dtype=dtype), torch.randn(R, K), torch.randn(N, R)
     s, ds, seed = torch.randn(M, R), torch.randn(M, R), torch.tensor(7)
