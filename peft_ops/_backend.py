@@ -37,11 +37,14 @@ if _FORCED and _FORCED not in _PACKAGES:
 
 
 def implementation(op: str, tensor: torch.Tensor) -> ModuleType:
-    """The module that implements `op` for the device and dtype of `tensor`; kernels take 16- and 32-bit floats."""
+    """The module that implements `op` for the device and dtype of `tensor`; kernels take 16- and 32-bit floats.
+
+    The reference serves an op that a package has no kernels of.
+    """
     package = _package(tensor)
     if package == REFERENCE and not _FORCED and _is_native(tensor):
         return _native(op)
-    return getattr(_PACKAGES[package](), op)
+    return getattr(_PACKAGES[package](), op, None) or getattr(_reference(), op)
 
 
 def is_reference(tensor: torch.Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Every op in plain PyTorch: the specification that kernels are held against, and the path where there are none."""
 
+from . import attention as attention
 from . import bottleneck_adapter as bottleneck_adapter
 from . import dora as dora
 from . import down_project as down_project
