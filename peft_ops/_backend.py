@@ -42,7 +42,7 @@ def implementation(op: str, tensor: torch.Tensor) -> ModuleType:
     The reference serves an op that a package has no kernels of.
     """
     package = _package(tensor)
-    if package == REFERENCE and not _FORCED and _is_native(tensor):
+    if package == REFERENCE and not _FORCED and tensor.dtype in _KERNEL_DTYPES and is_plain(tensor):
         return _native(op)
     return getattr(_PACKAGES[package](), op, None) or getattr(_reference(), op)
 
@@ -58,13 +58,11 @@ def _package(tensor: torch.Tensor) -> str:
     return package if tensor.dtype in _KERNEL_DTYPES else REFERENCE
 
 
-def _is_native(tensor: torch.Tensor) -> bool:
+def is_plain(*tensors: torch.Tensor) -> bool:
     """Whether code that takes addresses may be called: plain memory on a CPU, and nothing that watches or traces."""
     return (
         not torch.compiler.is_compiling()
-        and tensor.device.type == "cpu"
-        and type(tensor) in _PLAIN
-        and tensor.dtype in _KERNEL_DTYPES
+        and all(t.device.type == "cpu" and type(t) in _PLAIN for t in tensors)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
     )

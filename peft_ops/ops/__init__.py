@@ -1,5 +1,6 @@
 """Differentiable operations: one autograd.Function and one public function per op."""
 
+from .attention import attention as attention
 from .bottleneck_adapter import bottleneck_adapter as bottleneck_adapter
 from .dora_linear import dora_linear as dora_linear
 from .dora_linear import dora_norm as dora_norm

@@ -116,15 +116,23 @@ def additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, 
     """
     if mask is None:
         return None
-    S, mask = key.shape[2], torch.atleast_1d(mask)
-    mask = mask.expand((1,) * (4 - mask.dim()) + (*mask.shape[:-1], S))
+    S, mask = key.shape[2], four_dimensional(mask, key)
     dtype = wide_dtype(query) if align == 1 else query.dtype
     bias = query.new_empty(*mask.shape[:3], -(-S // align) * align, dtype=dtype).narrow(3, 0, S)
     if mask.dtype == torch.bool:
         bias.fill_(floor(dtype)).masked_fill_(mask, 0.0)
     else:
-        bias.copy_(mask).clamp_(min=floor(dtype))
+        bias.copy_(mask)
+        if (lowest := torch.finfo(mask.dtype).min) > floor(dtype):  # of float16
+            bias.masked_fill_(mask <= lowest, floor(dtype))
+        bias.clamp_(min=floor(dtype))
     return bias if align == 1 else bias.expand(*query.shape[:3], S)
+
+
+def four_dimensional(mask: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """A view whose last dimension is as long as key [B, Hkv, S, D]; the others may be 1."""
+    mask = torch.atleast_1d(mask)
+    return mask.expand((1,) * (4 - mask.dim()) + (*mask.shape[:-1], key.shape[2]))
 
 
 def floor(dtype: torch.dtype) -> float:

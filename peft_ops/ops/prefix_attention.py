@@ -7,6 +7,7 @@ from .._backend import implementation
 from ..reference import formulas
 from . import _text_attention as text
 from ._arguments import autocast_input, check_device, check_probability, functorch_active, mask_seed, without_autocast
+from ._attention_arguments import broadcasts, check_attention, check_constant, check_floating, check_mask
 from ._exported import kept_by_export
 
 OP = "prefix_attention"
@@ -124,20 +125,9 @@ def prefix_attention(
 
 
 def _check_tensors(query, key, value, prefix_key, prefix_value) -> None:
-    named = {"query": query, "key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
-    for name, t in named.items():
-        if not isinstance(t, torch.Tensor) or not t.dtype.is_floating_point:
-            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
-    if query.dim() != 4 or query.shape[-1] < 1:
-        raise ValueError(f"query must be [B, H, T, D] with D >= 1, got {tuple(query.shape)}")
-    B, H, _, D = query.shape
-    if key.dim() != 4 or key.shape[0] != B or key.shape[1] < 1 or H % key.shape[1] or key.shape[3] != D:
-        raise ValueError(
-            f"key must be [{B}, Hkv, S, {D}] with Hkv a divisor of {H} to fit query, got {tuple(key.shape)}"
-        )
-    heads, S = key.shape[1:3]
-    if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value must be [{B}, {heads}, {S}, Dv] to fit key, got {tuple(value.shape)}")
+    check_floating(query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value)
+    check_attention(query, key, value)
+    D, heads = query.shape[-1], key.shape[1]
     if prefix_key.dim() != 3 or prefix_key.shape[::2] != (heads, D) or prefix_key.shape[1] < 1:
         raise ValueError(f"prefix_key must be [{heads}, n, {D}] with n >= 1 to fit key, got {tuple(prefix_key.shape)}")
     expected = (heads, prefix_key.shape[1], value.shape[3])
@@ -145,38 +135,20 @@ def _check_tensors(query, key, value, prefix_key, prefix_value) -> None:
         raise ValueError(
             f"prefix_value must be {expected} to fit prefix_key and value, got {tuple(prefix_value.shape)}"
         )
-    for name in ("key", "value"):
-        if named[name].dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {named[name].dtype}")
-    check_device(query, "query", key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value)
+    check_device(query, "query", prefix_key=prefix_key, prefix_value=prefix_value)
 
 
 def _check_masks(query, key, prefix_key, mask, is_causal, bias) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The mask, and the bias as [H, T, n]."""
-    (B, H, T, _), S, n = query.shape, key.shape[2], prefix_key.shape[1]
-    if mask is not None and is_causal:
-        raise ValueError("mask and is_causal cannot be combined: put the causal part into the mask")
-    for name, t, also in (("mask", mask, torch.bool), ("prefix_bias", bias, None)):
-        if t is None:
-            continue
-        if not isinstance(t, torch.Tensor) or not (t.dtype.is_floating_point or t.dtype == also):
-            kinds = "a bool or floating-point tensor" if also else "a floating-point tensor"
-            raise TypeError(f"{name} must be {kinds}, got {getattr(t, 'dtype', type(t).__name__)}")
-        if t.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires a gradient, which prefix_attention does not give: pass {name}.detach()")
-    check_device(query, "query", mask=mask, prefix_bias=bias)
-    if mask is not None and not _broadcasts(mask, (B, H, T, S)):
-        raise ValueError(f"mask must be broadcastable to {(B, H, T, S)}, got {tuple(mask.shape)}")
+    H, T, n = *query.shape[1:3], prefix_key.shape[1]
+    check_mask(OP, query, key, mask, is_causal)
     if bias is None:
         return mask, None
-    if not _broadcasts(bias, (1, H, T, n)):
+    check_constant(OP, "prefix_bias", bias)
+    check_device(query, "query", prefix_bias=bias)
+    if not broadcasts(bias, (1, H, T, n)):
         raise ValueError(f"prefix_bias must be broadcastable to {(H, T, n)}, got {tuple(bias.shape)}")
     return mask, (bias[0] if bias.dim() == 4 else bias).expand(H, T, n)
-
-
-def _broadcasts(t: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    sizes = tuple(t.shape)
-    return len(sizes) <= len(shape) and all(s in (1, of) for s, of in zip(sizes[::-1], shape[::-1], strict=False))
 
 
 _exported = kept_by_export(
