@@ -1,8 +1,10 @@
-"""Attention over [prefix; text] in models of Hugging Face transformers, through its AttentionInterface.
+"""Attention over [prefix; text], and fused attention, in models of Hugging Face transformers, through its
+AttentionInterface.
 
 transformers looks up the attention function of a module under `module.config._attn_implementation`. A module with a
-prefix gets a config of its own, a copy with the name registered here; the model's config, from which masks are made,
-stays as it is. No mask, cache or position changes: the prefix lies beside the text, not in it.
+prefix, or one that `fuse` found, gets a config of its own, a copy with the name registered here; the model's config,
+from which masks are made, stays as it is. No mask, cache or position changes: the prefix lies beside the text, not in
+it.
 """
 
 import copy
@@ -13,11 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops._attention_arguments import broadcasts
+from ..ops.attention import attention
 from ..ops.prefix_attention import prefix_attention
 
 WRAPPED = ("sdpa", "eager")  # attention that a prefix can be put before
 _NAME = "peft_ops_prefix"
 _RECORD = "peft_ops_record"
+_FUSED = "peft_ops_attention"
+_ORIGINAL = "_peft_ops_attention"  # in a module whose attention is fused
 
 
 def register() -> None:
@@ -26,6 +32,50 @@ def register() -> None:
 
     AttentionInterface.register(_NAME, _prefix_attention_forward)
     AttentionInterface.register(_RECORD, _record_forward)
+    AttentionInterface.register(_FUSED, _attention_forward)
+
+
+class _Original:
+    """The config that a module had before its attention was fused: the model's, whose later changes it follows."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a model pickled by another process
+        vars(self).update(state)
+        register()
+
+
+def fuse_attention(module: nn.Module, config: Any) -> None:
+    """Let a module's attention go through ops.attention where it can; config: what `with_attention` made of its own."""
+    register()
+    vars(module)[_ORIGINAL] = _Original(module.config)
+    module.config = config
+
+
+def unfuse_attention(module: nn.Module) -> None:
+    """Give a module, and a prefix before its keys, the very config back that it had; one that is not fused stays."""
+    if not is_fused(module):
+        return
+    original = vars(module).pop(_ORIGINAL).config
+    owners: list[Any] = [module, module._modules.get("peft_prefix")]
+    for owner in owners:
+        if owner is not None and owner.config._attn_implementation == _FUSED:
+            owner.config = original
+
+
+def is_fused(module: nn.Module) -> bool:
+    return _ORIGINAL in vars(module)
+
+
+def unfused_config(module: nn.Module, config: Any) -> Any:
+    """config, or where it is a fused module's the one that stood in its place."""
+    return vars(module)[_ORIGINAL].config if config._attn_implementation == _FUSED else config
+
+
+def with_attention(config: Any) -> Any:
+    """A copy of a model's config that sends attention to ops.attention."""
+    return _redirected(config, _FUSED)
 
 
 def with_prefix(config: Any) -> Any:
@@ -62,6 +112,41 @@ def _record_forward(module, query, key, value, attention_mask, **kwargs):
     return _wrapped(module, original._attn_implementation)(module, query, key, value, attention_mask, **kwargs)
 
 
+def _attention_forward(module, query, key, value, attention_mask, **kwargs):
+    """As below: by ops.attention where the model's config names "sdpa", on a CPU; else by what it names."""
+    original = vars(module).get(_ORIGINAL)  # none in a new module that was made from the copy of a config
+    implementation = "sdpa" if original is None else original.config._attn_implementation
+    if implementation != "sdpa" or not _can_fuse(query, key, value, attention_mask, kwargs):
+        return _wrapped(module, implementation or "eager")(module, query, key, value, attention_mask, **kwargs)
+    T, is_causal = query.shape[2], kwargs.get("is_causal")
+    causal = attention_mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if causal:  # a static cache that is being filled is longer than what it holds
+        key, value = key[:, :, :T], value[:, :, :T]
+    out = attention(query, key, value, kwargs.get("scaling"), attention_mask, causal)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _can_fuse(query, key, value, mask, options: dict[str, Any]) -> bool:
+    """Whether it is what ops.attention takes: a text on a CPU, not one token; SDPA, unlike it, also broadcasts batches.
+
+    A traced call, a bias that is learned and what else may be asked of attention are left to transformers.
+    """
+    if torch.compiler.is_compiling() or query.device.type != "cpu" or query.shape[2] < 2:
+        return False
+    if options.get("dropout") or any(
+        options.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache")
+    ):
+        return False
+    if len({t.dtype for t in (query, key, value)}) > 1 or key.shape[0] != query.shape[0]:
+        return False
+    if query.shape[1] % key.shape[1] or query.shape[3] != value.shape[3]:
+        return False
+    if mask is None:
+        return True
+    plain = isinstance(mask, torch.Tensor) and (mask.dtype.is_floating_point or mask.dtype == torch.bool)
+    return plain and not mask.requires_grad and broadcasts(mask, (*query.shape[:3], key.shape[2]))
+
+
 def _prefix_attention_forward(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
@@ -79,7 +164,7 @@ def _prefix_attention_forward(
     for name in ("softcap", "s_aux", "cache"):
         if kwargs.get(name) is not None:
             raise ValueError(f"attention with a prefix does not support {name}, which {type(module).__name__} passes")
-    implementation = prefix.config._attn_implementation or "eager"
+    implementation = unfused_config(module, prefix.config)._attn_implementation or "eager"
     if implementation not in WRAPPED:
         wanted = ", ".join(WRAPPED)
         raise ValueError(f"attn_implementation must be one of {wanted} under a prefix, got {implementation!r}")

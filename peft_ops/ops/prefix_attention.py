@@ -140,7 +140,7 @@ def _check_tensors(query, key, value, prefix_key, prefix_value) -> None:
 
 def _check_masks(query, key, prefix_key, mask, is_causal, bias) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The mask, and the bias as [H, T, n]."""
-    H, T, n = *query.shape[1:3], prefix_key.shape[1]
+    H, T, n = query.shape[1], query.shape[2], prefix_key.shape[1]
     check_mask(OP, query, key, mask, is_causal)
     if bias is None:
         return mask, None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.attention_interface import WRAPPED
+from ..nn.attention_interface import WRAPPED, unfused_config
 from ..nn.linear_like import is_linear
 from ..nn.positions import is_plain_embedding
 
@@ -50,7 +50,7 @@ def attention_sites(model: nn.Module, places: tuple[str, ...]) -> list[Attention
         TypeError: another model than one of transformers.
         ValueError: no module's attention can be given a prefix, or one cannot; the message names what is missing.
     """
-    found = [path for path, module in model.named_modules() if _uses_interface(module)]
+    found = [path for path, module in model.named_modules() if uses_interface(module)]
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no attention that looks its function up in transformers' AttentionInterface "
@@ -112,7 +112,8 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config()
 
 
-def _uses_interface(module: nn.Module) -> bool:
+def uses_interface(module: nn.Module) -> bool:
+    """Whether a module looks its attention function up under its config's name."""
     forward = inspect.unwrap(type(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
@@ -122,7 +123,8 @@ def _of_the_text(model: nn.Module, paths: list[str]) -> list[str]:
     if config_of(model).is_encoder_decoder:
         return paths
     text = text_config(model)
-    return [path for path in paths if model.get_submodule(path).config is text] or paths
+    configs = {path: config_of(model.get_submodule(path)) for path in paths}
+    return [path for path, c in configs.items() if unfused_config(model.get_submodule(path), c) is text] or paths
 
 
 def _encoder_path(model: nn.Module) -> str | None:
@@ -154,7 +156,7 @@ def _stack(model: nn.Module, path: str) -> str:
 def _site(model: nn.Module, path: str, place: str) -> AttentionSite:
     module = model.get_submodule(path)
     name = f"{path} ({type(module).__name__})"
-    implementation = config_of(module)._attn_implementation or "eager"
+    implementation = unfused_config(module, config_of(module))._attn_implementation or "eager"
     if implementation not in WRAPPED:
         raise ValueError(
             f"{name}: attn_implementation must be one of {', '.join(WRAPPED)} to be put behind a prefix, got "
