@@ -26,6 +26,7 @@ from benchmarks.shapes import (
     mlp_shapes,
     nf4_shapes,
     qkv_shapes,
+    self_attention_shapes,
     step_shapes,
     weight_shapes,
 )  # fmt: skip
@@ -64,6 +65,7 @@ def pytest_generate_tests(metafunc):
         ("attention_shape", attention_shapes), ("decoding_shape", decoding_shapes), ("head_shape", head_shapes),
         ("large_head_shape", large_head_shapes), ("mlp_shape", mlp_shapes), ("qkv_shape", qkv_shapes),
         ("step_shape", step_shapes), ("nf4_shape", nf4_shapes), ("few_rows_shape", few_rows_shapes),
+        ("self_attention_shape", self_attention_shapes),
     ):  # fmt: skip
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, shapes(tiny(metafunc.config)), ids=str)

@@ -21,7 +21,8 @@ MARKED = re.compile(r"(<!-- numbers: ([a-z-]+) -->\n).*?(<!-- /numbers -->)", re
 LAYERS = (
     ("lora_linear", "LoRA", "PEFT"), ("qlora_linear", "QLoRA", "PEFT + bitsandbytes"), ("dora_linear", "DoRA", "PEFT"),
     ("gated_mlp", "gated MLP", "PEFT"), ("qkv projections", "q, k, v", "PEFT"),
-    ("prefix_attention", "prefix attention", "joined SDPA"), ("bottleneck_adapter", "adapter", "eager"),
+    ("attention", "attention", "SDPA"), ("prefix_attention", "prefix attention", "joined SDPA"),
+    ("bottleneck_adapter", "adapter", "eager"),
 )  # fmt: skip
 PREFERRED = [(4096, 4096, 8192), (14336, 4096, 8192), (1024, 4096, 8192)]  # N, K, M of a GPU; else the most rows
 METHODS = {

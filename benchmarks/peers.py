@@ -2,6 +2,7 @@
 
 Layers: `build(linear, p) -> nn.Module` over a frozen nn.Linear; adapters of rank 16 wherever there are any.
 NF4: `build(w, nested) -> (quantise, dequantise, dequantise into a tensor that is there)`, functions without arguments.
+Attention: `attend(query, key, value)`, causal.
 Prefix attention: `attend(query, key, value, prefix_key, prefix_value, is_causal)`.
 """
 
@@ -19,7 +20,7 @@ from benchmarks.contenders import COMPILED, FLOOR, GRAPH, OURS
 from benchmarks.variants import compiled
 from peft_ops import nf4
 from peft_ops.nn import BottleneckAdapter, DoRALinear, LoRALinear, NF4Linear
-from peft_ops.ops import prefix_attention
+from peft_ops.ops import attention, prefix_attention
 
 R, ALPHA = 16, 32
 BLOCKSIZE = 64
@@ -174,6 +175,17 @@ def _bitsandbytes_into(functional, packed: torch.Tensor, state, out: torch.Tenso
 
 
 CODECS = {"peft-ops": ours_codec, "bitsandbytes": bitsandbytes_codec}
+
+
+def ours_attention(query, key, value) -> torch.Tensor:
+    return attention(query, key, value, is_causal=True)
+
+
+def torch_attention(query, key, value) -> torch.Tensor:
+    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+ATTENTION = {OURS: ours_attention, "SDPA": torch_attention}
 
 
 def ours_prefix(query, key, value, prefix_key, prefix_value, is_causal: bool) -> torch.Tensor:

@@ -17,7 +17,7 @@ COLOURS = {
     "PEFT + bitsandbytes": "tab:orange", "PEFT + Liger": "tab:olive", "Liger": "tab:olive", "addmm": "tab:blue",
     "LoRA": "tab:blue", "bitsandbytes": "tab:green", "eager": "tab:orange", "eager float32": "tab:brown",
     "joined SDPA": "tab:orange", "SDPA without prefix": "tab:gray", "chunked torch": "tab:blue", "logits": "tab:orange",
-    "TRL": "tab:green", "cut-cross-entropy": "tab:purple", "full fine-tuning": "tab:gray",
+    "SDPA": "tab:orange", "TRL": "tab:green", "cut-cross-entropy": "tab:purple", "full fine-tuning": "tab:gray",
 }  # fmt: skip
 ACROSS, WIDTH, HEIGHT, DPI = 4, 4.6, 2.9, 100  # panels in a row of the grid, inches of one, dots per inch
 

@@ -49,7 +49,8 @@ class Step(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """B batch rows of M queries against N keys of K, `heads` of them for H heads of query, beside a prefix of n."""
+    """B batch rows of M queries against N keys of K, `heads` of them for H heads of query, beside a prefix of n, or
+    none."""
 
     M: int
     N: int
@@ -64,7 +65,7 @@ class Attention(NamedTuple):
 
     @property
     def variant(self) -> str:
-        return f"B={self.B} heads={self.H}/{self.heads} n={self.n}"
+        return f"B={self.B} heads={self.H}/{self.heads}" + (f" n={self.n}" if self.n else "")
 
 
 def attention_shapes(tiny: bool) -> list[Attention]:
@@ -75,6 +76,16 @@ def attention_shapes(tiny: bool) -> list[Attention]:
         return [Attention(512, 512, 64, 2, 12, 12, n) for n in (5, 50)] + [Attention(512, 512, 128, 1, 16, 4, 100)]
     gpt2 = [Attention(1024, 1024, 64, 8, 16, 16, n) for n in (5, 50)]
     return gpt2 + [Attention(2048, 2048, 128, 4, 32, 8, n) for n in (20, 50, 200)]
+
+
+def self_attention_shapes(tiny: bool) -> list[Attention]:
+    """Of training without a prefix, on a CPU: on a GPU it is torch's own. A Llama's heads first."""
+    if ON_GPU:
+        return []
+    if tiny:
+        return [Attention(8, 8, 16, 1, 2, 1, 0)]
+    cases = ((128, 32, 32, 8, 2), (128, 128, 8, 8, 2), (512, 64, 4, 8, 8), (2048, 64, 1, 8, 8))
+    return [Attention(T, T, D, B, H, heads, 0) for T, D, B, H, heads in cases]
 
 
 def decoding_shapes(tiny: bool) -> list[Attention]:

@@ -128,7 +128,8 @@ def targets_of(machine: dict) -> tuple[Target, ...]:
 
 SUITES = (
     "test_lora_linear", "test_nf4_linear", "test_nf4", "test_qlora_linear", "test_dora_linear", "test_gated_mlp",
-    "test_qkv", "test_llama_step", "test_linear_logprob", "test_prefix_attention", "test_bottleneck_adapter",
+    "test_qkv", "test_llama_step", "test_linear_logprob", "test_attention", "test_prefix_attention",
+    "test_bottleneck_adapter",
 )  # fmt: skip
 
 
