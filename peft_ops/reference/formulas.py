@@ -50,6 +50,22 @@ def gated_mlp(x: torch.Tensor, gate, up, down, activation: str, seeds) -> torch.
     return projection(activate(g, activation) * u, down, seeds[2])
 
 
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None,
+    is_causal: bool,
+) -> torch.Tensor:  # fmt: skip
+    """softmax(scaling · q kᵀ + mask) v; softmax in float32. Each row sees a key."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    scores = query @ key.mT * scaling
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights.to(value.dtype) @ value
+
+
 def prefix_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefix_key: torch.Tensor, prefix_value: torch.Tensor,
     scaling: float, mask: torch.Tensor | None, is_causal: bool, prefix_bias: torch.Tensor | None,
