@@ -245,6 +245,21 @@ def test_export_takes_torchs(taken):
     torch.testing.assert_close(program.module()(*tensors), ops.attention(*tensors, is_causal=True))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_is_torchs(taken):
+    first, second = (tuple(t.detach() for t in problem(torch.float32, heads=4)) for _ in range(2))
+    traced = torch.jit.trace(lambda q, k, v: ops.attention(q, k, v, is_causal=True), first, check_trace=False)
+    assert not taken
+    torch.testing.assert_close(traced(*second), ops.attention(*second, is_causal=True))
+
+
+def test_inference_mode():
+    tensors = [t.detach() for t in problem(torch.bfloat16)]
+    with torch.inference_mode():
+        out = ops.attention(*tensors, is_causal=True)
+    torch.testing.assert_close(out.clone(), ops.attention(*tensors, is_causal=True))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_shapes_without_numbers(masked):
     mask = torch.ones(13, 13, dtype=torch.bool, device="meta") if masked else None

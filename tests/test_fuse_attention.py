@@ -320,6 +320,35 @@ def test_autocast(calls):
         torch.testing.assert_close(ours[name], tensor, rtol=0.1, atol=0.05)
 
 
+def test_subclasses_of_tensors_are_transformers_own(calls):
+    """As of tensor parallelism."""
+
+    class Sharded(torch.Tensor):
+        pass
+
+    model = build()
+    peft_ops.fuse(model)
+    attention, x = model.model.layers[0].self_attn, torch.randn(1, 5, 32)
+    positions = model.model.rotary_emb(x, torch.arange(5)[None])
+    expected, _ = attention(x, positions, None)
+    assert calls == [True]
+    out, _ = attention(x.as_subclass(Sharded), positions, None)
+    assert calls == [True]
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_torch_export_takes_transformers_own(calls):
+    model = build().model
+    tokens = tiny_models.tokens()
+    expected = model(tokens, use_cache=False).last_hidden_state
+    peft_ops.fuse(model)
+    with torch.no_grad():
+        program = torch.export.export(model, (tokens,), {"use_cache": False, "return_dict": False}, strict=False)
+    assert calls == []
+    out = program.module()(tokens, use_cache=False, return_dict=False)[0]
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_module_made_from_a_copied_config_attends(calls):
     """Someone's own layer, built from the config that a fused one shows."""
     model = build()

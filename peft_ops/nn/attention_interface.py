@@ -129,9 +129,12 @@ def _attention_forward(module, query, key, value, attention_mask, **kwargs):
 def _can_fuse(query, key, value, mask, options: dict[str, Any]) -> bool:
     """Whether it is what ops.attention takes: a text on a CPU, not one token; SDPA, unlike it, also broadcasts batches.
 
-    A traced call, a bias that is learned and what else may be asked of attention are left to transformers.
+    A traced call, sharded tensors, a bias that is learned and what else may be asked of attention are left to
+    transformers.
     """
-    if torch.compiler.is_compiling() or query.device.type != "cpu" or query.shape[2] < 2:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or query.device.type != "cpu" or query.shape[2] < 2:
+        return False
+    if any(type(t) not in (torch.Tensor, nn.Parameter) for t in (query, key, value)):
         return False
     if options.get("dropout") or any(
         options.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache")

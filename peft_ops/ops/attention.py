@@ -51,10 +51,10 @@ def attention(
 ) -> torch.Tensor:
     """softmax(scaling · query keyᵀ + mask) value: as scaled_dot_product_attention with enable_gqa, natively on a CPU.
 
-    On other devices, with D != Dv, and where something traces or watches (torch.compile, torch.export, functorch
-    transforms, fake tensors, dispatch modes) it is scaled_dot_product_attention itself. For the backward query, key,
-    value and mask are kept as they are, and out [B, H, T, D] and a log-sum-exp [B, H, T]; a mask as numbers, 4 bytes an
-    element of its own shape, lives for as long as the kernel runs.
+    On other devices, with D != Dv, and where something traces or watches (torch.compile, torch.export, torch.jit.trace,
+    functorch transforms, fake tensors, dispatch modes) it is scaled_dot_product_attention itself. For the backward
+    query, key, value and mask are kept as they are, and out [B, H, T, D] and a log-sum-exp [B, H, T]; a mask as
+    numbers, 4 bytes an element of its own shape, lives for as long as the kernel runs.
 
     Args:
         query: [B, H, T, D], floating point; under autocast query, key and value are cast first, as by SDPA. T may be 0.
@@ -79,11 +79,13 @@ def attention(
     check_mask(OP, query, key, mask, is_causal)
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    if is_plain(*tensors) and query.shape[-1] == value.shape[-1] and query.numel() and key.numel():
+    here = is_plain(*tensors) and not torch.jit.is_tracing()
+    if here and query.shape[-1] == value.shape[-1] and query.numel() and key.numel():
         return _Attention.apply(query, key, value, mask, bool(is_causal), scaling)
     if mask is not None:
         mask = four_dimensional(mask, key)
         mask = mask if mask.dtype == torch.bool else mask.to(query.dtype)
+    grouped = bool(query.shape[1] != key.shape[1])  # no bool under torch.jit.trace
     return scaled_dot_product_attention(
-        query, key, value, mask, is_causal=bool(is_causal), scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, mask, is_causal=bool(is_causal), scale=scaling, enable_gqa=grouped
     )
