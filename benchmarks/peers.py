@@ -2,6 +2,7 @@
 
 Layers: `build(linear, p) -> nn.Module` over a frozen nn.Linear; adapters of rank 16 wherever there are any.
 NF4: `build(w, nested) -> (quantise, dequantise, dequantise into a tensor that is there)`, functions without arguments.
+Attention: `attend(query, key, value)`, causal.
 Prefix attention: `attend(query, key, value, prefix_key, prefix_value, is_causal)`.
 """
 

@@ -39,7 +39,7 @@ if _FORCED and _FORCED not in _PACKAGES:
 def implementation(op: str, tensor: torch.Tensor) -> ModuleType:
     """The module that implements `op` for the device and dtype of `tensor`; kernels take 16- and 32-bit floats, and
     an op that has no kernel runs on the reference."""
-    if not _FORCED and _is_native(tensor):
+    if not _FORCED and tensor.dtype in _KERNEL_DTYPES and is_plain(tensor):
         return _native(op)
     return getattr(_PACKAGES[_package(tensor)](), op, None) or getattr(_reference(), op)
 
@@ -55,13 +55,11 @@ def _package(tensor: torch.Tensor) -> str:
     return package if tensor.dtype in _KERNEL_DTYPES else REFERENCE
 
 
-def _is_native(tensor: torch.Tensor) -> bool:
+def is_plain(*tensors: torch.Tensor) -> bool:
     """Whether code that takes addresses may be called: plain memory on a CPU, and nothing that watches or traces."""
     return (
         not torch.compiler.is_compiling()
-        and tensor.is_cpu
-        and type(tensor) in _PLAIN
-        and tensor.dtype in _KERNEL_DTYPES
+        and all(t.is_cpu and type(t) in _PLAIN for t in tensors)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
     )

@@ -171,6 +171,12 @@ def test_adapter_contenders_compute_what_ours_computes(name):
     torch.testing.assert_close(*(torch.autograd.grad(t, x, dy)[0] for t in (y, truth)), rtol=1e-4, atol=1e-4)
 
 
+def test_attention_contenders_compute_what_ours_computes():
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    theirs, ours = (peers.ATTENTION[name](q, k, v) for name in ("SDPA", "peft-ops"))
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_prefix_contenders_compute_what_ours_computes(is_causal):
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)

@@ -14,6 +14,7 @@ from rich.table import Table
 from .. import nf4, ops
 from ..nf4 import NF4Weight
 from ..reference import formulas
+from . import check_calls as calls
 from . import nf4_truth
 from .device import pick_device
 from .display import make_console
@@ -24,7 +25,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # (M, K, N, R): one row, a tile, prime tails, more rows than a tile. Attention: M rows, heads of K, a prefix of R.
 SHAPES = ((1, 64, 32, 1), (33, 128, 96, 4), (17, 131, 67, 3), (160, 192, 128, 16))
-_P, _SEED, _SCALING = 0.1, 7, 2.0
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,14 @@ def _errors(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
     }  # fmt: skip
     dy, magnitude = randn(M, N).to(dtype), randn(N)
     rows, embedding = torch.arange(M, device=device) * 7 % K, {"table": w.t(), "a": inputs["a"], "b": inputs["b"]}
-    yield from _compare("lora_embedding", partial(_lora_embedding, rows), w, embedding, dy)
+    yield from _compare("lora_embedding", partial(calls.lora_embedding, rows), w, embedding, dy)
     for residual, width in (("x", K), ("another", N)):
         down = {"x": inputs["x"], "down": inputs["a"], "down_bias": randn(R)}
         adapter = down | {"up": randn(width, R, scale=R**-0.5), "up_bias": randn(width)}
         if residual == "another":
             adapter["residual"] = randn(M, N).to(dtype)
         yield from _compare(
-            f"bottleneck_adapter on {residual}", _bottleneck_adapter, w, adapter, randn(M, width).to(dtype)
+            f"bottleneck_adapter on {residual}", calls.bottleneck_adapter, w, adapter, randn(M, width).to(dtype)
         )
     weights: dict[str, torch.Tensor | NF4Weight] = {"dense": w}
     for name, nested in (("nf4", False), ("nf4 nested", True)):
@@ -110,90 +110,33 @@ def _errors(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
         truth = nf4_truth.decoded(packed)
         yield f"quantize, {name}", "excess", *_round_trip(w, packed)
         yield f"dequantize, {name}", "w", *_against(nf4.dequantize(packed), truth.to(dtype), truth)
-        yield from _compare(f"nf4_linear, {name}", _nf4_linear, packed, {k: inputs[k] for k in ("x", "bias")}, dy)
+        yield from _compare(f"nf4_linear, {name}", calls.nf4_linear, packed, {k: inputs[k] for k in ("x", "bias")}, dy)
     for name, weight in weights.items():
-        for p in (0.0, _P):
-            yield from _compare(f"lora_linear, {name}, p={p:g}", partial(_lora_linear, p), weight, inputs, dy)
+        for p in (0.0, calls.P):
+            yield from _compare(f"lora_linear, {name}, p={p:g}", partial(calls.lora_linear, p), weight, inputs, dy)
         a, b = inputs["a"], inputs["b"]
-        plain, truth = (formulas.dora_norm(weight, a.to(t), b.to(t), _SCALING) for t in (a.dtype, torch.float64))
-        yield f"dora_norm, {name}", "norm", *_against(ops.dora_norm(weight, a, b, _SCALING), plain, truth)
+        plain, truth = (formulas.dora_norm(weight, a.to(t), b.to(t), calls.SCALING) for t in (a.dtype, torch.float64))
+        yield f"dora_norm, {name}", "norm", *_against(ops.dora_norm(weight, a, b, calls.SCALING), plain, truth)
         scaled = inputs | {"magnitude": magnitude}
-        yield from _compare(f"dora_linear, {name}, p={_P:g}", _dora_linear, weight, scaled, dy)
+        yield from _compare(f"dora_linear, {name}, p={calls.P:g}", calls.dora_linear, weight, scaled, dy)
         twice = inputs | {"a2": randn(R, K, scale=K**-0.5)}
         both = randn(M, 2 * N).to(dtype)
-        yield from _compare(f"lora_projections, {name}, p={_P:g}", _lora_projections, weight, twice, both)
+        yield from _compare(f"lora_projections, {name}, p={calls.P:g}", calls.lora_projections, weight, twice, both)
         mlp = twice | {"down": randn(N, N, scale=N**-0.5).to(dtype)}
-        yield from _compare(f"gated_mlp, {name}, p={_P:g}", _gated_mlp, weight, mlp, dy)
+        yield from _compare(f"gated_mlp, {name}, p={calls.P:g}", calls.gated_mlp, weight, mlp, dy)
     targets = torch.arange(M, device=device) * 7 % N
     for name, weight in weights.items():
         for adapter in ({}, {"a": inputs["a"], "b": inputs["b"]}):
             head = {"x": inputs["x"], "bias": inputs["bias"]} | adapter
             op = f"linear_logprob, {name}" + (", adapted" if adapter else "")
-            yield from _compare(op, partial(_linear_logprob, targets), weight, head, randn(2, M).to(dtype))
+            yield from _compare(op, partial(calls.linear_logprob, targets), weight, head, randn(2, M).to(dtype))
     attended = {name: randn(2, heads, M, K).to(dtype) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
-    yield from _compare("attention", _attention, None, attended, randn(2, 4, M, K).to(dtype))
     attended |= {name: randn(2, R, K).to(dtype) for name in ("pk", "pv")}
     dy = randn(2, 4, M, K).to(dtype)
-    for p in (0.0, _P):
-        yield from _compare(f"prefix_attention, p={p:g}", partial(_prefix_attention, p), None, attended, dy)
-
-
-def _nf4_linear(package, weight, x, bias):
-    return package.nf4_linear(x, weight, bias)
-
-
-def _lora_linear(p, package, weight, x, bias, a, b):
-    return package.lora_linear(x, weight, bias, a, b, _SCALING, p, torch.tensor(_SEED, device=x.device))
-
-
-def _lora_projections(package, weight, x, bias, a, b, a2):
-    """[M, 2 N]: two layers over one weight."""
-    seeds = torch.arange(_SEED, _SEED + 2, device=x.device)
-    return torch.cat(package.lora_projections(x, _two(weight, bias, a, b, a2), seeds), 1)
-
-
-def _gated_mlp(package, weight, x, bias, a, b, a2, down):
-    seeds = torch.arange(_SEED, _SEED + 3, device=x.device)
-    return package.gated_mlp(x, *_two(weight, bias, a, b, a2), ops.Projection(down), "silu", seeds)
-
-
-def _two(weight, bias, a, b, a2):
-    return ops.Projection(weight, bias, a, b, _SCALING, _P), ops.Projection(weight, None, a2, b, _SCALING, _P)
-
-
-def _dora_linear(package, weight, x, bias, a, b, magnitude):
-    seed = torch.tensor(_SEED, device=x.device)
-    return package.dora_linear(x, weight, bias, a, b, magnitude, _SCALING, _P, seed)
-
-
-def _bottleneck_adapter(package, _, x, down, down_bias, up, up_bias, residual=None):
-    onto = x if residual is None else residual
-    return package.bottleneck_adapter(x, down, down_bias, up, up_bias, "gelu", _SCALING, onto)
-
-
-def _lora_embedding(x, package, _, table, a, b):
-    return package.lora_embedding(x, table, a, b, _SCALING)
-
-
-def _linear_logprob(targets, package, weight, x, bias, a=None, b=None):
-    """[2, M]: log-probabilities and entropies, of capped logits."""
-    if package is ops:
-        out = ops.linear_logprob(
-            x, weight, bias, targets, a, b, _SCALING, logit_scale=_SCALING, softcap=5.0, temperature=0.7, entropy=True
-        )
-        assert out.entropy is not None
-        return torch.stack((out.logp, out.entropy))
-    results = package.linear_logprob(x, weight, bias, a, b, targets, _SCALING, 0.0, None, _SCALING, 5.0, 0.7, -100)
-    return torch.stack(results)
-
-
-def _attention(package, weight, q, k, v):
-    return package.attention(q, k, v, q.shape[-1] ** -0.5, None, True)
-
-
-def _prefix_attention(p, package, weight, q, k, v, pk, pv):
-    seed = torch.tensor(_SEED, device=q.device)
-    return package.prefix_attention(q, k, v, pk, pv, q.shape[-1] ** -0.5, None, True, None, 0.0, p, seed)
+    text = {"q": attended["q"]} | {name: randn(2, 2, M + 2, K).to(dtype) for name in ("k", "v")}
+    yield from _compare("attention", calls.attention, None, text, dy)
+    for p in (0.0, calls.P):
+        yield from _compare(f"prefix_attention, p={p:g}", partial(calls.prefix_attention, p), None, attended, dy)
 
 
 def _compare(

@@ -1,8 +1,10 @@
-"""Our attention in models of Hugging Face transformers, through its AttentionInterface: over text, or [prefix; text].
+"""Attention over [prefix; text], and fused attention, in models of Hugging Face transformers, through its
+AttentionInterface.
 
-transformers looks up the attention function of a module under `module.config._attn_implementation`. A module that
-attends here gets a config of its own, a copy with a name registered here; the model's config, of which masks are made,
-stays as it is. No mask, cache or position changes: a prefix lies beside the text, not in it.
+transformers looks up the attention function of a module under `module.config._attn_implementation`. A module with a
+prefix, or one that `fuse` found, gets a config of its own, a copy with the name registered here; the model's config,
+from which masks are made, stays as it is. No mask, cache or position changes: the prefix lies beside the text, not in
+it.
 """
 
 import copy
@@ -13,14 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops._attention_arguments import broadcasts
 from ..ops.attention import attention
 from ..ops.prefix_attention import prefix_attention
 
 WRAPPED = ("sdpa", "eager")  # attention that a prefix can be put before
 _NAME = "peft_ops_prefix"
 _RECORD = "peft_ops_record"
-_ATTENTION = "peft_ops_attention"
-_LEAST_QUERIES = 16  # of a batch row, that repay laying its keys out
+_FUSED = "peft_ops_attention"
+_ORIGINAL = "_peft_ops_attention"  # in a module whose attention is fused
 
 
 def register() -> None:
@@ -29,18 +32,13 @@ def register() -> None:
 
     AttentionInterface.register(_NAME, _prefix_attention_forward)
     AttentionInterface.register(_RECORD, _record_forward)
-    AttentionInterface.register(_ATTENTION, _attention_forward)
+    AttentionInterface.register(_FUSED, _attention_forward)
 
 
-def with_prefix(config: Any) -> Any:
-    """A copy of a model's config that sends attention here."""
-    return _redirected(config, _NAME)
+class _Original:
+    """The config that a module had before its attention was fused: the model's, whose later changes it follows."""
 
-
-class _Model:
-    """The config of a model, held by a copy that `with_attention` made."""
-
-    def __init__(self, config: Any):
+    def __init__(self, config: Any) -> None:
         self.config = config
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a model pickled by another process
@@ -48,17 +46,41 @@ class _Model:
         register()
 
 
+def fuse_attention(module: nn.Module, config: Any) -> None:
+    """Let a module's attention go through ops.attention where it can; config: what `with_attention` made of its own."""
+    register()
+    vars(module)[_ORIGINAL] = _Original(module.config)
+    module.config = config
+
+
+def unfuse_attention(module: nn.Module) -> None:
+    """Give a module, and a prefix before its keys, the very config back that it had; one that is not fused stays."""
+    if not is_fused(module):
+        return
+    original = vars(module).pop(_ORIGINAL).config
+    owners: list[Any] = [module, module._modules.get("peft_prefix")]
+    for owner in owners:
+        if owner is not None and owner.config._attn_implementation == _FUSED:
+            owner.config = original
+
+
+def is_fused(module: nn.Module) -> bool:
+    return _ORIGINAL in vars(module)
+
+
+def unfused_config(module: nn.Module, config: Any) -> Any:
+    """config, or where it is a fused module's the one that stood in its place."""
+    return vars(module)[_ORIGINAL].config if config._attn_implementation == _FUSED else config
+
+
 def with_attention(config: Any) -> Any:
-    """A copy of a model's config that sends attention over text here, for as long as the model's says "sdpa"."""
-    copied = _redirected(config, _ATTENTION)
-    vars(copied)["_peft_ops_model"] = _Model(config)
-    return copied
+    """A copy of a model's config that sends attention to ops.attention."""
+    return _redirected(config, _FUSED)
 
 
-def plain(config: Any) -> Any:
-    """The config of which `with_attention` made this copy, or config itself."""
-    model = vars(config).get("_peft_ops_model") if hasattr(config, "__dict__") else None
-    return config if model is None else model.config
+def with_prefix(config: Any) -> Any:
+    """A copy of a model's config that sends attention here."""
+    return _redirected(config, _NAME)
 
 
 def recording(config: Any) -> tuple[Any, dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]]:
@@ -79,10 +101,9 @@ def _wrapped(module: nn.Module, implementation: str | None) -> Callable:
     """The attention function that `module` would have called."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    own = vars(sys.modules[type(module).__module__])  # every file of models has an eager one
     name = "sdpa" if implementation is None else implementation
-    if name in ALL_ATTENTION_FUNCTIONS:
-        return ALL_ATTENTION_FUNCTIONS[name]
-    return vars(sys.modules[type(module).__module__])["eager_attention_forward"]  # every file of models has one
+    return own["eager_attention_forward"] if name not in ALL_ATTENTION_FUNCTIONS else ALL_ATTENTION_FUNCTIONS[name]
 
 
 def _record_forward(module, query, key, value, attention_mask, **kwargs):
@@ -91,25 +112,42 @@ def _record_forward(module, query, key, value, attention_mask, **kwargs):
     return _wrapped(module, original._attn_implementation)(module, query, key, value, attention_mask, **kwargs)
 
 
-def _attention_forward(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
-    is_causal: bool | None = None, **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """As `_prefix_attention_forward`, without a prefix; what our op does not cover goes to what the model asks for."""
-    implementation = plain(module.config)._attn_implementation
-    unknown = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache"))
-    here = implementation == "sdpa" and query.device.type == "cpu" and query.shape[2] >= _LEAST_QUERIES
-    if unknown or not here or dropout > 0.0 or torch.compiler.is_compiling():
-        return _wrapped(module, implementation)(
-            module, query, key, value, attention_mask,
-            scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs,
-        )  # fmt: skip
-    causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+def _attention_forward(module, query, key, value, attention_mask, **kwargs):
+    """As below: by ops.attention where the model's config names "sdpa", on a CPU; else by what it names."""
+    original = vars(module).get(_ORIGINAL)  # none in a new module that was made from the copy of a config
+    implementation = "sdpa" if original is None else original.config._attn_implementation
+    if implementation != "sdpa" or not _can_fuse(query, key, value, attention_mask, kwargs):
+        return _wrapped(module, implementation or "eager")(module, query, key, value, attention_mask, **kwargs)
+    T, is_causal = query.shape[2], kwargs.get("is_causal")
+    causal = attention_mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if causal:  # a static cache that is being filled is longer than what it holds
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    out = attention(query, key, value, scaling, attention_mask, causal)
+        key, value = key[:, :, :T], value[:, :, :T]
+    out = attention(query, key, value, kwargs.get("scaling"), attention_mask, causal)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _can_fuse(query, key, value, mask, options: dict[str, Any]) -> bool:
+    """Whether it is what ops.attention takes: a text on a CPU, not one token; SDPA, unlike it, also broadcasts batches.
+
+    A traced call, sharded tensors, a bias that is learned and what else may be asked of attention are left to
+    transformers.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or query.device.type != "cpu" or query.shape[2] < 2:
+        return False
+    if any(type(t) not in (torch.Tensor, nn.Parameter) for t in (query, key, value)):
+        return False
+    if options.get("dropout") or any(
+        options.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache")
+    ):
+        return False
+    if len({t.dtype for t in (query, key, value)}) > 1 or key.shape[0] != query.shape[0]:
+        return False
+    if query.shape[1] % key.shape[1] or query.shape[3] != value.shape[3]:
+        return False
+    if mask is None:
+        return True
+    plain = isinstance(mask, torch.Tensor) and (mask.dtype.is_floating_point or mask.dtype == torch.bool)
+    return plain and not mask.requires_grad and broadcasts(mask, (*query.shape[:3], key.shape[2]))
 
 
 def _prefix_attention_forward(
@@ -129,7 +167,7 @@ def _prefix_attention_forward(
     for name in ("softcap", "s_aux", "cache"):
         if kwargs.get(name) is not None:
             raise ValueError(f"attention with a prefix does not support {name}, which {type(module).__name__} passes")
-    implementation = prefix.config._attn_implementation or "eager"
+    implementation = unfused_config(module, prefix.config)._attn_implementation or "eager"
     if implementation not in WRAPPED:
         wanted = ", ".join(WRAPPED)
         raise ValueError(f"attn_implementation must be one of {wanted} under a prefix, got {implementation!r}")

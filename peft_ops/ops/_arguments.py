@@ -160,9 +160,10 @@ def autocast_input(x: torch.Tensor) -> torch.Tensor:
     """x in autocast's dtype where autocast is on for its device, as nn.Linear takes it; float64 stays."""
     if not torch._C._is_any_autocast_enabled():
         return x
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # as on meta
+        return x
+    return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def without_autocast(function: Callable) -> Callable:

@@ -1,16 +1,16 @@
 """Attention over the text alone by the best kernel torch has for the device that gives the log-sum-exp, and its
 gradients from any (out, log-sum-exp): merged ones give those of attention over more keys than the text.
 
-Rows with no key to attend to are not special: a mask goes in as numbers no lower than `_floor`, beside which a score
+Rows with no key to attend to are not special: a mask goes in as numbers no lower than `floor`, beside which a score
 vanishes, so that such a row comes out finite, with a log-sum-exp so low that merging gives it no weight.
 """
 
 import torch
 
 from .._backend import implementation
+from ..reference.rows import wide_dtype
 
 _aten = torch.ops.aten
-NO_KEY = -1e29  # the log-sum-exp of a row on a CPU that sees no key is lower
 _MAX_HEAD_DIM = 256  # of torch's flash attention on a GPU, and of our kernels
 
 
@@ -44,11 +44,11 @@ def attention(
     """(out [B, H, T, Dv], lse [B, H, >= T], what the gradients ask back); padding behind T in lse is the kernel's."""
     if kernel == "none":
         out = query.new_zeros(*query.shape[:3], value.shape[3])
-        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        return out, query.new_full(query.shape[:3], -torch.inf, dtype=wide), ()
+        return out, query.new_full(query.shape[:3], -torch.inf, dtype=wide_dtype(query)), ()
     q, k, v, bias = _arguments(kernel, query, key, value, mask)
     if kernel == "cpu":
-        return *implementation("attention", q).attention(q, k, v, bias, is_causal, scaling), ()
+        out, lse = implementation("attention", query).attention(q, k, v, bias, is_causal, scaling)
+        return out, lse, ()
     if kernel == "flash":
         out, lse, cum_q, cum_k, _, _, *rng, _ = _aten._scaled_dot_product_flash_attention(
             q, k, v, p, is_causal, False, scale=scaling
@@ -68,8 +68,7 @@ def attention_gradients(
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     q, k, v, bias = _arguments(kernel, query, key, value, mask)
     if kernel == "cpu":
-        gradients = implementation("attention", q).attention_gradients
-        return gradients(dout, q, k, v, bias, out, lse, is_causal, scaling)
+        return implementation("attention", query).attention_gradients(dout, q, k, v, bias, out, lse, is_causal, scaling)
     if kernel == "flash":
         cum_q, cum_k, *rng = state
         return _aten._scaled_dot_product_flash_attention_backward(
@@ -86,14 +85,14 @@ def attention_gradients(
 def _arguments(kernel, query, key, value, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(query, key, value, bias) as a kernel wants them; views where they are so already."""
     if kernel == "cpu":
-        return query, key, value, _additive(mask, query, key, 1)
+        return query, key, value, additive(mask, query, key, 1)
     q, k, v = map(_aligned, (query, key, value))
     if kernel == "flash":
         return q, k, v, None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # for as long as the kernel runs: no such copy is kept
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return q, k, v, _additive(mask, query, key, 16)
+    return q, k, v, additive(mask, query, key, 16)
 
 
 def _capability(t: torch.Tensor) -> int:
@@ -109,26 +108,33 @@ def _aligned(t: torch.Tensor) -> torch.Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def _additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, align: int) -> torch.Tensor | None:
+def additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, align: int) -> torch.Tensor | None:
     """The mask as numbers to add, four-dimensional; with `align`, [B, H, T, S] whose rows start at multiples of it.
 
-    In the dtype of query; beside a 16-bit query float32 where it can be (align 1: the CPU), so that no bit is lost.
+    In the dtype of query; with align 1, for a CPU, float32 beside 16-bit queries: float16 has no number that is low
+    enough, and bits of a float32 mask are not lost.
     """
     if mask is None:
         return None
-    S, mask = key.shape[2], torch.atleast_1d(mask)
-    mask = mask.expand((1,) * (4 - mask.dim()) + (*mask.shape[:-1], S))
-    dtype = torch.promote_types(query.dtype, torch.float32) if align == 1 else query.dtype
+    S, mask = key.shape[2], four_dimensional(mask, key)
+    dtype = wide_dtype(query) if align == 1 else query.dtype
     bias = query.new_empty(*mask.shape[:3], -(-S // align) * align, dtype=dtype).narrow(3, 0, S)
     if mask.dtype == torch.bool:
-        bias.fill_(_floor(dtype)).masked_fill_(mask, 0.0)
+        bias.fill_(floor(dtype)).masked_fill_(mask, 0.0)
     else:
-        bias.copy_(mask).clamp_(min=_floor(dtype))
-        if mask.dtype == torch.float16 and dtype == torch.float32:
-            bias.masked_fill_(mask <= torch.finfo(mask.dtype).min, _floor(dtype))
+        bias.copy_(mask)
+        if (lowest := torch.finfo(mask.dtype).min) > floor(dtype):  # of float16
+            bias.masked_fill_(mask <= lowest, floor(dtype))
+        bias.clamp_(min=floor(dtype))
     return bias if align == 1 else bias.expand(*query.shape[:3], S)
 
 
-def _floor(dtype: torch.dtype) -> float:
+def four_dimensional(mask: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """A view whose last dimension is as long as key [B, Hkv, S, D]; the others may be 1."""
+    mask = torch.atleast_1d(mask)
+    return mask.expand((1,) * (4 - mask.dim()) + (*mask.shape[:-1], key.shape[2]))
+
+
+def floor(dtype: torch.dtype) -> float:
     """As good as minus infinity beside a score, and finite when a kernel has scaled it."""
     return max(torch.finfo(dtype).min, -1e30)

@@ -7,7 +7,7 @@ from .._backend import implementation
 from ..reference import formulas
 from . import _text_attention as text
 from ._arguments import autocast_input, check_device, check_probability, functorch_active, mask_seed, without_autocast
-from ._attention_arguments import broadcasts, check_bias, check_heads, check_mask
+from ._attention_arguments import broadcasts, check_attention, check_constant, check_floating, check_mask
 from ._exported import kept_by_export
 
 OP = "prefix_attention"
@@ -125,8 +125,8 @@ def prefix_attention(
 
 
 def _check_tensors(query, key, value, prefix_key, prefix_value) -> None:
-    prefix = {"prefix_key": prefix_key, "prefix_value": prefix_value}
-    check_heads(query, key, value, **prefix)
+    check_floating(query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value)
+    check_attention(query, key, value)
     D, heads = query.shape[-1], key.shape[1]
     if prefix_key.dim() != 3 or prefix_key.shape[::2] != (heads, D) or prefix_key.shape[1] < 1:
         raise ValueError(f"prefix_key must be [{heads}, n, {D}] with n >= 1 to fit key, got {tuple(prefix_key.shape)}")
@@ -135,17 +135,17 @@ def _check_tensors(query, key, value, prefix_key, prefix_value) -> None:
         raise ValueError(
             f"prefix_value must be {expected} to fit prefix_key and value, got {tuple(prefix_value.shape)}"
         )
-    check_device(query, "query", key=key, value=value, **prefix)
+    check_device(query, "query", prefix_key=prefix_key, prefix_value=prefix_value)
 
 
 def _check_masks(query, key, prefix_key, mask, is_causal, bias) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The mask, and the bias as [H, T, n]."""
-    (_, H, T, _), n = query.shape, prefix_key.shape[1]
-    check_mask("prefix_attention", query, key, mask, is_causal)
-    check_bias("prefix_attention", "prefix_bias", bias, "a floating-point tensor")
-    check_device(query, "query", prefix_bias=bias)
+    H, T, n = query.shape[1], query.shape[2], prefix_key.shape[1]
+    check_mask(OP, query, key, mask, is_causal)
     if bias is None:
         return mask, None
+    check_constant(OP, "prefix_bias", bias)
+    check_device(query, "query", prefix_bias=bias)
     if not broadcasts(bias, (1, H, T, n)):
         raise ValueError(f"prefix_bias must be broadcastable to {(H, T, n)}, got {tuple(bias.shape)}")
     return mask, (bias[0] if bias.dim() == 4 else bias).expand(H, T, n)

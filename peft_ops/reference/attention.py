@@ -1,31 +1,36 @@
-"""Attention over the text on a CPU, with its log-sum-exp, and its gradients from any (out, log-sum-exp), by torch.
-
-query, dout, out [B, H, T, D]; key, value [B, Hkv, S, D], H a multiple of Hkv; lse [B, H, T] in float32 (float64 for
-float64), the log of the sum of a row's exponentiated scores; bias, finite and of four dimensions, is broadcastable to
-[B, H, T, S], or None. is_causal: row t sees keys up to t, from the top left; not with a bias.
-"""
+"""softmax(scaling · Q Kᵀ + bias) V by torch's flash attention for a CPU, and its gradients from out and log-sum-exp."""
 
 import torch
+
+_aten = torch.ops.aten
 
 
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, is_causal: bool,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(out, lse) of softmax(scaling · query keyᵀ + bias) value."""
-    q, k, v = map(_dense, (query, key, value))
-    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return forward(q, k, v, 0.0, is_causal, attn_mask=bias, scale=scaling)
+    """(out [B, H, T, D], lse [B, H, T]) of query [B, H, T, D] over key and value [B, Hkv, S, D] on a CPU, any strides.
+
+    H is a multiple of Hkv, S at least 1. bias is added to scores: finite, four-dimensional, broadcastable to
+    [B, H, T, S], in the dtype of query or, beside 16-bit queries, float32. With is_causal, which takes no bias, row t
+    sees keys up to t. lse is float32, float64 for float64.
+    """
+    return _aten._scaled_dot_product_flash_attention_for_cpu(
+        _dense(query), _dense(key), _dense(value), 0.0, is_causal, attn_mask=bias, scale=scaling
+    )
 
 
 def attention_gradients(
     dout: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None,
     out: torch.Tensor, lse: torch.Tensor, is_causal: bool, scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(dq, dk, dv): weights are exp(score − lse), whatever keys else went into out and lse; none where lse is +inf."""
-    dout, q, k, v = map(_dense, (dout, query, key, value))
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return backward(dout, q, k, v, out, lse, 0.0, is_causal, attn_mask=bias, scale=scaling)
+    """(dq, dk, dv) in the dtype of query, of weights exp(score − lse), whatever keys else went into out and lse.
+
+    An lse of +inf gives a row no weight anywhere.
+    """
+    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _dense(dout), _dense(query), _dense(key), _dense(value), out, lse, 0.0, is_causal, attn_mask=bias, scale=scaling
+    )
 
 
 def _dense(t: torch.Tensor) -> torch.Tensor:

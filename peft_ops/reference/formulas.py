@@ -54,11 +54,16 @@ def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None,
     is_causal: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """softmax(scaling · q kᵀ + mask) v, by torch."""
-    additive = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, additive, 0.0, is_causal, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    """softmax(scaling · q kᵀ + mask) v; softmax in float32. Each row sees a key."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    scores = query @ key.mT * scaling
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights.to(value.dtype) @ value
 
 
 def prefix_attention(

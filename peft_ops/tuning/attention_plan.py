@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.attention_interface import WRAPPED, plain
+from ..nn.attention_interface import WRAPPED, unfused_config
 from ..nn.linear_like import is_linear
 from ..nn.positions import is_plain_embedding
 
@@ -113,7 +113,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def uses_interface(module: nn.Module) -> bool:
-    """Whether a module's forward looks its attention function up in transformers' AttentionInterface."""
+    """Whether a module looks its attention function up under its config's name."""
     forward = inspect.unwrap(type(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
@@ -123,7 +123,8 @@ def _of_the_text(model: nn.Module, paths: list[str]) -> list[str]:
     if config_of(model).is_encoder_decoder:
         return paths
     text = text_config(model)
-    return [path for path in paths if plain(model.get_submodule(path).config) is text] or paths
+    configs = {path: config_of(model.get_submodule(path)) for path in paths}
+    return [path for path, c in configs.items() if unfused_config(model.get_submodule(path), c) is text] or paths
 
 
 def _encoder_path(model: nn.Module) -> str | None:
@@ -155,7 +156,7 @@ def _stack(model: nn.Module, path: str) -> str:
 def _site(model: nn.Module, path: str, place: str) -> AttentionSite:
     module = model.get_submodule(path)
     name = f"{path} ({type(module).__name__})"
-    implementation = plain(config_of(module))._attn_implementation or "eager"
+    implementation = unfused_config(module, config_of(module))._attn_implementation or "eager"
     if implementation not in WRAPPED:
         raise ValueError(
             f"{name}: attn_implementation must be one of {', '.join(WRAPPED)} to be put behind a prefix, got "

@@ -1,4 +1,4 @@
-"""Blocks and layers of a model whose layers share x, or keep what can be recomputed, in one op each; attention too."""
+"""Blocks and layers of a model whose layers share x, or keep what can be recomputed, in one op each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..nn import GatedMLP, LoRALinear
 from ..nn.dora_linear import DoRALinear
 from ..nn.gated_mlp import PARTS, projection_of
 from ..nn.projection_group import ProjectionGroup
-from .fuse_attention import fuse_attention, unfuse_attention
+from .fuse_attention import fuse_attentions, unfuse_attentions
 from .trained import replace_module
 
 _MARK = "_peft_ops_fused"  # at the root: groups are made again where adapters are exchanged
@@ -26,8 +26,8 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, to
 class Fused:
     """What `fuse` found, by path.
 
-    mlps: gated MLPs that are one op. projections: {module: names of its layers that are one op}. attentions: modules of
-    transformers that attend through ours. left: {module: why it stays as it is}.
+    mlps: gated MLPs that are one op. projections: {module: names of its layers that are one op}. attentions: modules
+    whose attention on a CPU is one op. left: {module: why it stays as it is}.
     """
 
     mlps: list[str] = field(default_factory=list)
@@ -40,11 +40,14 @@ def fuse(model: nn.Module) -> Fused:
     """Let gated MLPs, query, key and value projections with LoRA, and attention compute in one op each; in place.
 
     Blocks are known by their parts: gate_proj, up_proj, down_proj and act_fn; q_proj, k_proj and v_proj that are LoRA
-    layers over one in_features; attention by where transformers looks for it, under "sdpa". An MLP is tried on two
-    random tokens first, and left where the op computes something else. x is then read once for all adapters that share
-    it, an MLP keeps x, gate_proj(x) and up_proj(x) alone for the backward, and attention on a CPU has native gradients
-    (`ops.attention`; on a GPU it stays torch's). Names, parameters and results stay (to rounding); DoRA, merged and
-    switched-off layers, layers with hooks and torch.compile take the plain way by themselves. `unfuse` undoes it.
+    layers over one in_features. An MLP is tried on two random tokens first, and left where the op computes something
+    else. x is then read once for all adapters that share it, and an MLP keeps x, gate_proj(x) and up_proj(x) alone for
+    the backward. Names, parameters and results stay (to rounding); DoRA, merged and switched-off layers, layers with
+    hooks and torch.compile take the plain way by themselves. `unfuse` undoes it.
+
+    Attention is that of transformers' modules that call "sdpa": they get a copy of their config that names
+    ops.attention, which serves on a CPU, without dropout and for more than one token; else all is as before, and what
+    the model's own config says later, as by set_attn_implementation, is followed.
 
     Raises:
         TypeError: model is no nn.Module.
@@ -61,7 +64,7 @@ def fuse(model: nn.Module) -> Fused:
                 fused.mlps.append(path)
             else:
                 fused.left[path] = reason
-    fused.attentions = fuse_attention(model)
+    fused.attentions = fuse_attentions(model)
     vars(model)[_MARK] = True
     regroup(model, fused)
     return fused
@@ -74,8 +77,8 @@ def unfuse(model: nn.Module) -> nn.Module:
         (block,) = vars(mlp)[_BLOCK]
         block.training = mlp.training
         replace_module(model, path, block)
+    unfuse_attentions(model)
     _ungroup(model)
-    unfuse_attention(model)
     vars(model).pop(_MARK, None)
     return model
 

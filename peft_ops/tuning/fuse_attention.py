@@ -1,35 +1,41 @@
-"""`fuse` for attention: modules of a transformers model whose scaled dot-product attention goes to our op on a CPU."""
+"""The attention modules of a transformers model whose attention on a CPU can be one op."""
 
+import inspect
 from typing import Any
 
 from torch import nn
 
-from ..nn.attention_interface import plain, register, with_attention
-from .attention_plan import uses_interface
+from ..nn import attention_interface
+from .attention_plan import config_of, uses_interface
 
 
-def fuse_attention(model: nn.Module) -> list[str]:
-    """Paths of the modules that attend through our op now, or did already; on a GPU it is torch's own attention.
+def fuse_attentions(model: nn.Module) -> list[str]:
+    """Paths of the modules whose scaled_dot_product_attention is ops.attention from now on, or was already.
 
-    They get a copy of their config, one for each that they share; the model's own, `set_attn_implementation` and masks
-    stay as they are.
+    Those are modules that look their function up in transformers' AttentionInterface under the name "sdpa"; not ones
+    with a prefix, which have an op of their own, nor those that do something else for that name.
     """
-    found: list[str] = []
-    copies: dict[int, Any] = {}
+    copies: dict[int, Any] = {}  # layers that shared a config share its copy
+    found = []
     for path, module in model.named_modules():
-        config: Any = vars(module).get("config")
-        if config is None or not uses_interface(module):
-            continue
-        if plain(config) is config and getattr(config, "_attn_implementation", None) == "sdpa":
-            register()
-            module.config = copies.setdefault(id(config), with_attention(config))
-        if plain(module.config) is not module.config:
-            found.append(path)
+        if not attention_interface.is_fused(module):
+            if not _takes_sdpa(module):
+                continue
+            config = config_of(module)
+            copied = copies.setdefault(id(config), attention_interface.with_attention(config))
+            attention_interface.fuse_attention(module, copied)
+        found.append(path)
     return found
 
 
-def unfuse_attention(model: nn.Module) -> None:
+def unfuse_attentions(model: nn.Module) -> None:
+    """Give every module the very config back that it had."""
     for module in model.modules():
-        config: Any = vars(module).get("config")
-        if config is not None and plain(config) is not config:
-            module.config = plain(config)
+        attention_interface.unfuse_attention(module)
+
+
+def _takes_sdpa(module: nn.Module) -> bool:
+    if not uses_interface(module) or getattr(getattr(module, "config", None), "_attn_implementation", None) != "sdpa":
+        return False
+    constants = inspect.unwrap(type(module).forward).__code__.co_consts  # some make other masks for that name
+    return not any(c == "sdpa" or (isinstance(c, tuple | frozenset) and "sdpa" in c) for c in constants)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..nn.attention_interface import plain, register, with_prefix
+from ..nn.attention_interface import register, with_prefix
 from ..nn.positions import PositionShift, PrefixedStack, RelativeShift
 from ..nn.prefix import Prefix, PrefixEncoder, ProjectedPrefix
 from .adaptation import Adaptation
@@ -66,8 +66,7 @@ class PrefixAdaptation(Adaptation):
         for site in self.sites:
             module: Any = model.get_submodule(site.path)
             module.add_module(_PREFIX, self._prefix(model, site).train(module.training))
-            original = plain(module.config)
-            module.config = copies.setdefault(id(original), with_prefix(original))
+            module.config = copies.setdefault(id(module.config), with_prefix(module.config))
         self.text = {}
         self._move_positions(model)
 
@@ -145,7 +144,7 @@ class PrefixAdaptation(Adaptation):
         config, module = self.config, model.get_submodule(site.path)
         arguments: dict[str, Any] = _like(model, site.path) | {
             "n": config.num_virtual_tokens, "heads": site.heads, "key_dim": site.key_dim, "value_dim": site.value_dim,
-            "config": plain(module.config), "dropout": config.dropout, "zero": config.init_weights == "zero",
+            "config": module.config, "dropout": config.dropout, "zero": config.init_weights == "zero",
         }  # fmt: skip
         if config.prefix_projection:
             return ProjectedPrefix(encoder=self.encoder(model, site.place), **arguments)

@@ -31,6 +31,7 @@ OPS = [
     ("dora", "dora_norm"), ("dora", "dora_linear"), ("dora", "dora_gradients"),
     ("bottleneck_adapter", "up_project"), ("bottleneck_adapter", "up_project_gradients"),
     ("low_rank", "low_rank_gradients"), ("prefix_attention", "prefix_merge_"), ("prefix_attention", "prefix_gradients"),
+    ("attention", "attention"), ("attention", "attention_gradients"),
 ]  # fmt: skip
 SABOTAGE = [(*op, 0.0) for op in OPS] + [
     (*op, float("nan")) for op in OPS if not op[1].endswith("_quantize")
