@@ -358,3 +358,21 @@ def test_a_module_made_from_a_copied_config_attends(calls):
     out, _ = attention(x, model.model.rotary_emb(x, torch.arange(5)[None]), None)
     assert out.norm() > 0
     assert calls == [True]
+
+
+def test_attention_that_asks_for_sdpa_by_name_is_left():
+    """DeepSeek's sparse attention makes its mask for the names "eager" and "sdpa" alone."""
+    torch.manual_seed(1)
+    config = transformers.DeepseekV32Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+        index_topk=4, index_n_heads=2, index_head_dim=16, first_k_dense_replace=1, max_position_embeddings=64,
+        initializer_range=0.2,
+    )  # fmt: skip
+    model = transformers.DeepseekV32ForCausalLM(config).eval()
+    tokens = torch.randint(64, (2, 40))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        assert peft_ops.fuse(model).attentions == []
+        torch.testing.assert_close(model(tokens).logits, expected)
