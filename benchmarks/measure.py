@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -19,6 +20,7 @@ except ImportError:  # benchmarks.compare, a revision from before it
 
 ON_CPU_S, ON_GPU_S, LEAST_ROUNDS, MOST_ON_CPU, MOST_ON_GPU = 0.6, 0.12, 5, 100, 50
 COLD_S = 0.02  # calls on a CPU that take longer than this are not worth emptying the caches for
+QUIET_S = 90.0  # that a process spends at most on waiting for cores of its own
 WARM = False  # --warm: on a CPU caches stay as the last call left them
 LONG_S = 2.0  # a call that takes this long is measured three times, the first of which warms up
 
@@ -67,13 +69,33 @@ class ColdCaches:
         self.buffer.sum()
 
 
-cold_caches = functools.cache(ColdCaches)  # one buffer for all cases
+class Quiet:
+    """Run before every sample on a CPU: waits while a small product takes a third longer than it has taken before.
+
+    On a rented machine two cores may for seconds be the threads of one: everything then takes up to twice its time.
+    """
+
+    def __init__(self):
+        self.a, self.b = (torch.ones(shape, dtype=DTYPE, device="cpu") for shape in ((256, 1024), (1024, 1024)))
+        self.best_s, self.left_s = math.inf, QUIET_S
+
+    def __call__(self) -> None:
+        while True:
+            now_s = min(timed(lambda: self.a @ self.b) for _ in range(2))
+            self.best_s = min(self.best_s, now_s)
+            if now_s < 1.33 * self.best_s or self.left_s <= 0.0:
+                return
+            time.sleep(0.1)
+            self.left_s -= 0.1
 
 
-def emptied_and_rehearsed(emptied: ColdCaches, rehearsal: Callable | None) -> None:
-    emptied()
-    if rehearsal is not None:
-        rehearsal()
+cold_caches, quiet = functools.cache(ColdCaches), functools.cache(Quiet)  # one for all cases
+
+
+def prepared(*steps: Callable | None) -> None:
+    for step in steps:
+        if step is not None:
+            step()
 
 
 def timed(call: Callable, timer: Callable = time.perf_counter) -> float:
@@ -111,8 +133,10 @@ def sample(benchmark, call: Callable, on_gpu: bool, rehearsal: Callable | None =
         benchmark.extra_info["host_s"] = host_s
         setup, budget, most = ColdQueue(host_s), ON_GPU_S, MOST_ON_GPU
     once = timed(call, DeviceInstant if on_gpu else time.perf_counter)
+    if not on_gpu:
+        setup = functools.partial(prepared, quiet())
     if not on_gpu and not WARM and once < COLD_S:
-        setup = functools.partial(emptied_and_rehearsed, cold_caches(), rehearsal)
+        setup = functools.partial(prepared, quiet(), cold_caches(), rehearsal)
         emptying_s = cold_caches().read_s + (once if rehearsal else 0.0)
     rounds = 3 if once > LONG_S else max(LEAST_ROUNDS, min(most, int(budget / (once + emptying_s))))
     benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=0 if once > LONG_S else 2)

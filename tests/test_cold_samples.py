@@ -40,6 +40,7 @@ def events(monkeypatch):
 
     monkeypatch.setattr(measure.machine, "last_level_cache_bytes", lambda: 1 << 12)
     monkeypatch.setattr(measure, "cold_caches", functools.cache(Flush))
+    monkeypatch.setattr(measure, "quiet", lambda: None)
     return events
 
 
@@ -64,6 +65,22 @@ def test_warm_samples_and_long_calls_are_left_alone(events, monkeypatch):
     monkeypatch.setattr(measure, "COLD_S", 0.0)  # every call is a long one
     measure.sample(Pedantic(), lambda: events.append("call"), on_gpu=False)
     assert set(events) == {"call"}
+
+
+def test_samples_wait_for_cores_of_their_own(monkeypatch):
+    """Not for ever."""
+    times, slept = [1.0, 1.0, 1.2, 1.2, 2.0, 2.0, 2.0, 1.9, 1.3, 2.0], []
+    monkeypatch.setattr(measure, "timed", lambda call: times.pop(0) if times else 9.0)
+    monkeypatch.setattr(measure.time, "sleep", slept.append)
+    quiet = measure.Quiet()
+    quiet()
+    quiet()
+    assert not slept
+    quiet()
+    assert len(slept) == 2
+    assert not times
+    quiet()
+    assert sum(slept) == pytest.approx(measure.QUIET_S, abs=0.2)
 
 
 def caches(cpus, core, *found):

@@ -24,8 +24,8 @@ from .report import environment
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-# of R. Not one row and one rank: the relative error of a single number that nearly cancels has no bound.
-# of R. Not one row and one rank: the relative error of a single number that its sum nearly cancels has no bound.
+# (M, K, N, R): one row, one rank, prime tails, more rows than a tile. Attention: M rows, heads of K, a prefix of R.
+# Not one row and one rank: the relative error of a single number that nearly cancels has no bound.
 SHAPES = ((1, 64, 32, 4), (33, 128, 96, 1), (17, 131, 67, 3), (160, 192, 128, 16))
 
 
