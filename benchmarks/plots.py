@@ -1,5 +1,6 @@
 """The report in pictures: how much faster or slower, where under the roof, what a training step costs in memory."""
 
+import textwrap
 from math import ceil
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def draw(results: dict, out: Path) -> list[str]:
     }
     for name, figure in made.items():
         if figure:
-            figure.suptitle(f"{results['machine_info']['device']}: {figure.get_suptitle()}", fontsize=13)
+            title = f"{results['machine_info']['device']}: {figure.get_suptitle()}"
+            figure.suptitle(textwrap.fill(title, int(figure.get_figwidth() * 9)), fontsize=13)
             figure.savefig(out / name, dpi=DPI, metadata={"Software": None})
             pyplot.close(figure)
     return [name for name, figure in made.items() if figure]
