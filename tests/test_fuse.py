@@ -6,6 +6,7 @@ import pickle
 import pytest
 import tiny_models
 import torch
+from tiny_models import assert_same, outcome
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,24 +45,6 @@ def adapted(family="Llama", method="LoRA", **changes):
     model = build(family)
     torch.manual_seed(5)
     return peft_ops.adapt(model, CONFIGS[method](**changes))
-
-
-def outcome(model, seed=6):
-    """{name: tensor}: logits and every gradient."""
-    model.zero_grad()
-    torch.manual_seed(seed)  # of dropout
-    tokens = tiny_models.tokens()
-    out = model(tokens, labels=tokens)
-    out.loss.backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": out.logits.detach(), **grads}
-
-
-def assert_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert tensor.norm() > 0, name
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def groups(model):

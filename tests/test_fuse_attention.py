@@ -9,6 +9,7 @@ import sys
 import pytest
 import tiny_models
 import torch
+from tiny_models import assert_same, outcome
 
 import peft_ops
 from numerics import assert_as_accurate
@@ -27,23 +28,6 @@ SIZES = dict(
 def build(dtype=torch.float32, **changes):
     torch.manual_seed(1)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **changes})).to(dtype).eval()
-
-
-def outcome(model, mask=None):
-    """{name: tensor}: logits and every gradient."""
-    model.zero_grad()
-    tokens = tiny_models.tokens()
-    out = model(tokens, attention_mask=mask, labels=tokens)
-    out.loss.backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": out.logits.detach(), **grads}
-
-
-def assert_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert tensor.norm() > 0, name
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def attentions(model):

@@ -101,6 +101,25 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(tokens()).logits
 
 
+def outcome(model: torch.nn.Module, mask: torch.Tensor | None = None, seed: int = 6) -> dict[str, torch.Tensor]:
+    """{name: tensor}: logits and every gradient of a causal model on `tokens`; the seed is of dropout."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    given = tokens()
+    out = model(given, attention_mask=mask, labels=given)
+    out.loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": out.logits.detach(), **grads}
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Two outcomes, to float32's rounding; one that is zero proves nothing."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert tensor.norm() > 0, name
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def train(model: torch.nn.Module, steps: int = 3, lr: float = 0.05) -> list[float]:
     """Losses of some steps of AdamW on one batch; leaves the model in eval mode."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)

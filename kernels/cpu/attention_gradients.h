@@ -31,7 +31,7 @@ template <class D, class Words> struct Gradients {
   }
 
   // Σ dout · out of rows [t, t + rows).
-  void lower(float* delta, int64_t batch, int64_t h, int64_t t, int64_t rows) const {
+  void deltas(float* delta, int64_t batch, int64_t h, int64_t t, int64_t rows) const {
     for (int64_t r = 0; r < rows; r++) {
       const T *d = dout.row(batch, h, t + r), *o = out.row(batch, h, t + r);
       vf total = {};
@@ -49,7 +49,7 @@ template <class D, class Words> struct Gradients {
     alignas(64) float z[ROWS_AT_ONCE * KEYS], dz[ROWS_AT_ONCE * KEYS];
     alignas(64) Word weights[QUERIES / PER * KEYS], slopes[QUERIES / PER * KEYS], slope_rows[QUERIES * KEYS / PER];
     float delta[QUERIES];
-    lower(delta, batch, h, t, rows);
+    deltas(delta, batch, h, t, rows);
     const T *from_q = q.row(batch, h, t), *from_d = dout.row(batch, h, t);
     rows_of_words<D, Words>(rows_q, words, from_q, q.strides[2], rows, n.D);
     rows_of_words<D, Words>(rows_d, words_v, from_d, dout.strides[2], rows, n.Dv);
@@ -82,23 +82,23 @@ template <class D, class Words> struct Gradients {
   void slope_tile(Word* weights, Word* slopes, Word* slope_rows, const float* z, const float* dz, const float* delta,
                   int64_t batch, int64_t h, int64_t t, int64_t rows, int64_t first, int64_t some) const {
     int64_t seen[PER];
-    vf less[PER], lower[PER];
+    vf lses[PER], dots[PER];
     const float* bias[PER];
     alignas(64) uint16_t mask[PER][mask_words(KEYS)];
     const bool drops = scores.dropout.on();
     for (int64_t m = 0; m < rows; m++) {
       seen[m] = keys_seen(n, scores, t + m);
       bias[m] = scores.bias.p ? scores.bias.row(batch, h, t + m) : nullptr;
-      less[m] = splat(*lse.row(batch, h, t + m)), lower[m] = splat(delta[m]);
+      lses[m] = splat(*lse.row(batch, h, t + m)), dots[m] = splat(delta[m]);
       if (drops) scores.dropout.keep(mask[m], 0, (batch * n.H + h) * n.T + t + m, first, some);
     }
     for (int64_t c = 0; c < some; c += L) {
       vf w[PER] = {}, slope[PER] = {};
       for (int64_t m = 0; m < rows; m++) {
         vf d = load<vf>(dz + m * KEYS + c);
-        w[m] = exp(score(load<vf>(z + m * KEYS + c), scores, bias[m], first + c, seen[m]) - less[m]);
+        w[m] = exp(score(load<vf>(z + m * KEYS + c), scores, bias[m], first + c, seen[m]) - lses[m]);
         if (drops) d = masked(d, mask[m], c) * scores.kept;
-        slope[m] = w[m] * (d - lower[m]) * scores.scaling;
+        slope[m] = w[m] * (d - dots[m]) * scores.scaling;
         if (drops) w[m] = masked(w[m], mask[m], c) * scores.kept;
         Words::along(slope_rows + m * (KEYS / PER) + c / PER, slope[m]);
       }
